@@ -1,0 +1,1 @@
+"""Ray actors: the shell around the functional core."""

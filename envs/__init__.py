@@ -1,0 +1,1 @@
+"""Gymnasium environments: decoding as an episode of skip decisions."""

@@ -1,0 +1,251 @@
+"""PAW, the Preview-Attention Window: how far a token looks ahead and what it expects there (SPEC 2).
+
+One PreviewHead is shared by the model (projections, preview vocabulary, shortlist); each PAW layer has
+its own Paw (window predictor, per-layer scale and bias, compression, injection). Everything is a
+function of the one token's state, so sequences and single decoding steps run the same code.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fbs_rl.model.configuration import FBSConfig
+from fbs_rl.types import Compression
+
+_CONV_GROUP = 16
+_SHORTLIST_TOKENS = (
+    2048  # the [tokens, preview vocabulary] score matrix is made this many tokens at a time
+)
+
+
+@dataclass(slots=True)
+class Shortlist:
+    """Candidates of one step, shared by all horizons and all PAW layers.
+
+    index_BTM: positions in the preview vocabulary. reduced_BTMR: their rank-R embeddings.
+    expectation_BTME: the embeddings that the expectation runs over (the same, or true rows).
+    """
+
+    index_BTM: Tensor
+    reduced_BTMR: Tensor
+    expectation_BTME: Tensor
+
+
+@dataclass(slots=True)
+class Glance:
+    """What one PAW layer saw: the input of the injection and of the gates up to the next PAW layer.
+
+    pooled_BTE: ṽ. entropy_BT: H₁ in nats, of the first horizon over the shortlist. window_BT: ŵ in
+    tokens. inclusion_BTK: α. query_BTR: scored against the vocabulary by the losses.
+    """
+
+    pooled_BTE: Tensor
+    entropy_BT: Tensor
+    window_BT: Tensor
+    inclusion_BTK: Tensor
+    query_BTR: Tensor
+
+
+class PreviewHead(nn.Module):
+    """Rank-R multi-horizon head over the preview vocabulary (SPEC 2.3), shared by all PAW layers.
+
+    ℓ_{t,h}(v) = E_r[v]·(A_h B x̂_t) with E_r = E·P; row `unk_R` stands for every token outside the
+    preview vocabulary and is a class of the loss only, never a candidate.
+    """
+
+    def __init__(self, config: FBSConfig) -> None:
+        super().__init__()
+        self.horizons, self.rank = config.paw_horizon, config.paw_rank
+        self.shortlist_size = config.paw_shortlist
+        self.full_space = config.paw_embed_space == "full"
+        self.state_proj = nn.Linear(config.hidden_size, self.rank, bias=False)  # B
+        self.embed_proj = nn.Linear(config.hidden_size, self.rank, bias=False)  # P
+        self.horizon_maps = nn.Parameter(torch.empty(self.horizons, self.rank, self.rank))  # A_h
+        self.unk_R = nn.Parameter(torch.empty(self.rank))
+        size = config.preview_vocab_size
+        self.register_buffer("token_ids_N", torch.empty(size, dtype=torch.int64))
+        self.register_buffer("log_prior_N", torch.empty(size))
+        self.token_ids_N: Tensor
+        self.log_prior_N: Tensor
+        self._derived: tuple[tuple, Tensor, Tensor] | None = None
+
+    def reset_parameters(self) -> None:
+        for linear in (self.state_proj, self.embed_proj):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        with torch.no_grad():
+            nn.init.normal_(self.horizon_maps, std=0.1 * self.rank**-0.5)
+            self.horizon_maps += torch.eye(
+                self.rank, dtype=self.horizon_maps.dtype, device=self.horizon_maps.device
+            )
+            self.token_ids_N.copy_(torch.arange(len(self.token_ids_N)))
+        nn.init.zeros_(self.unk_R)
+        nn.init.zeros_(self.log_prior_N)
+
+    def set_vocabulary(self, counts_V: Tensor) -> None:
+        """Make the most frequent tokens of `counts_V` the preview vocabulary, with their log frequency as prior.
+
+        Ties and unseen tokens go by token id (merges of a BPE are learned most frequent first).
+        """
+        order = torch.argsort(counts_V.double(), descending=True, stable=True)
+        kept = order[: len(self.token_ids_N)].sort().values
+        frequency = (counts_V[kept].double() + 0.5) / (
+            counts_V.sum().double() + 0.5 * len(counts_V)
+        )
+        self.token_ids_N.copy_(kept)
+        self.log_prior_N.copy_(frequency.log())
+
+    def reduced_embedding(self, embedding_Vd: Tensor) -> Tensor:
+        """E_r [N, R]; recomputed with gradients when P trains, kept between calls otherwise."""
+        return self._derive(embedding_Vd)[0]
+
+    def _derive(self, embedding_Vd: Tensor) -> tuple[Tensor, Tensor]:
+        """(E_r [N, R], mean over horizons of A_h [R, R])."""
+        if torch.is_grad_enabled() and self.embed_proj.weight.requires_grad:
+            return self._compute(embedding_Vd)
+        sources = (embedding_Vd, self.embed_proj.weight, self.horizon_maps, self.token_ids_N)
+        # In-place updates bump _version, replaced tensors change data_ptr: either way the copy is remade.
+        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in sources)
+        if self._derived is None or self._derived[0] != key:
+            with torch.no_grad():
+                self._derived = (key, *self._compute(embedding_Vd))
+        return self._derived[1:]
+
+    def _compute(self, embedding_Vd: Tensor) -> tuple[Tensor, Tensor]:
+        # E is detached: the preview losses must not move the backbone's embedding (SPEC 6.4).
+        reduced = self.embed_proj(embedding_Vd.detach()[self.token_ids_N])
+        return reduced, self.horizon_maps.mean(0)
+
+    def horizon_queries(self, query_BTR: Tensor) -> Tensor:
+        """A_h q for every horizon: [B, T, K, R]."""
+        flat = F.linear(query_BTR, self.horizon_maps.reshape(-1, self.rank))
+        return flat.unflatten(-1, (self.horizons, self.rank))
+
+    def shortlist(self, query_BTR: Tensor, embedding_Vd: Tensor) -> Shortlist:
+        """The M candidates with the highest mean-horizon score plus log-frequency prior."""
+        reduced_NR, mean_map = self._derive(embedding_Vd)
+        pooled = F.linear(query_BTR, mean_map).detach()
+        tokens = pooled.flatten(0, 1)
+        chunks = [
+            (F.linear(part, reduced_NR.detach()).float() + self.log_prior_N.float())
+            .topk(self.shortlist_size)
+            .indices
+            for part in tokens.split(_SHORTLIST_TOKENS)
+        ]
+        index_BTM = torch.cat(chunks).view(*query_BTR.shape[:2], -1)
+        reduced = F.embedding(index_BTM, reduced_NR)
+        full = (
+            F.embedding(self.token_ids_N[index_BTM], embedding_Vd.detach())
+            if self.full_space
+            else reduced
+        )
+        return Shortlist(index_BTM, reduced, full)
+
+
+class Paw(nn.Module):
+    """The Preview-Attention Window of one layer: h̃ = h + s·W_up·RMSNorm(ṽ), with s = 0 at the start."""
+
+    def __init__(self, config: FBSConfig) -> None:
+        super().__init__()
+        self.horizons = config.paw_horizon
+        self.fixed_window = config.paw_fixed_window if config.paw_window == "fixed" else None
+        self.hard = config.paw_inclusion == "hard"
+        self.window_mean_frac = config.paw_window_mean_frac
+        self.compression = Compression(config.paw_compression)
+        width = config.preview_width
+        if self.fixed_window is None:
+            self.window_in = nn.Linear(
+                config.hidden_size, config.paw_window_hidden, bias=False
+            )  # W_w
+            self.window_out = nn.Linear(config.paw_window_hidden, 1)  # u, b_w
+        self.query_scale_R = nn.Parameter(torch.empty(config.paw_rank))
+        self.query_bias_R = nn.Parameter(torch.empty(config.paw_rank))
+        if self.compression is Compression.CONV:
+            self.mix = nn.Conv1d(
+                width, width, kernel_size=3, padding=1, groups=width // _CONV_GROUP
+            )
+        elif self.compression is Compression.LINEAR:
+            self.mix = nn.Linear(width * self.horizons, width, bias=False)
+        self.up_norm = nn.RMSNorm(config.pooled_width, eps=config.rms_norm_eps)
+        self.up = nn.Linear(config.pooled_width, config.hidden_size, bias=False)
+        self.strength = nn.Parameter(torch.empty(()))  # s
+
+    def reset_parameters(self) -> None:
+        if self.fixed_window is None:
+            nn.init.normal_(self.window_in.weight, std=self.window_in.in_features**-0.5)
+            nn.init.normal_(self.window_out.weight, std=0.1 * self.window_out.in_features**-0.5)
+            nn.init.constant_(
+                self.window_out.bias, math.log(self.window_mean_frac / (1 - self.window_mean_frac))
+            )
+        nn.init.ones_(self.query_scale_R)
+        nn.init.zeros_(self.query_bias_R)
+        if self.compression in (Compression.CONV, Compression.LINEAR):
+            self.mix.reset_parameters()
+        nn.init.ones_(self.up_norm.weight)
+        nn.init.normal_(self.up.weight, std=self.up.in_features**-0.5)
+        nn.init.zeros_(self.strength)
+
+    def query(self, normed_BTd: Tensor, head: PreviewHead) -> Tensor:
+        """The token's query q [B, T, R], before the per-horizon maps."""
+        return head.state_proj(normed_BTd) * self.query_scale_R + self.query_bias_R
+
+    def forward(
+        self,
+        normed_BTd: Tensor,
+        query_BTR: Tensor,
+        head: PreviewHead,
+        shortlist: Shortlist,
+        temperature: float,
+    ) -> Glance:
+        """Look ahead from normed_BTd = x̂, with the step's shortlist."""
+        window_BT = self.predict_window(normed_BTd)
+        inclusion_BTK = self.include(window_BT, temperature)
+        scores_BTKM = head.horizon_queries(query_BTR) @ shortlist.reduced_BTMR.transpose(-1, -2)
+        log_prob_BTKM = F.log_softmax(scores_BTKM, dim=-1, dtype=torch.float32)
+        prob_BTKM = log_prob_BTKM.exp()
+        entropy_BT = -(prob_BTKM[..., 0, :] * log_prob_BTKM[..., 0, :]).sum(-1)
+        expected_BTKE = prob_BTKM.to(scores_BTKM.dtype) @ shortlist.expectation_BTME
+        pooled_BTE = self.compress(expected_BTKE, inclusion_BTK.to(expected_BTKE.dtype))
+        return Glance(pooled_BTE, entropy_BT, window_BT, inclusion_BTK, query_BTR)
+
+    def predict_window(self, normed_BTd: Tensor) -> Tensor:
+        """ŵ = K·σ(u·SiLU(W_w x̂) + b_w) in tokens, float32 (SPEC 2.1); constant in the fixed variant."""
+        if self.fixed_window is not None:
+            return torch.full(
+                normed_BTd.shape[:2], float(self.fixed_window), device=normed_BTd.device
+            )
+        logit = self.window_out(F.silu(self.window_in(normed_BTd))).squeeze(-1)
+        return self.horizons * torch.sigmoid(logit.float())
+
+    def include(self, window_BT: Tensor, temperature: float) -> Tensor:
+        """α [B, T, K] (SPEC 2.2). Hard: {h : h < ŵ + ½} = {h : soft α > ½}, and always h = 1."""
+        horizon_K = torch.arange(1, self.horizons + 1, device=window_BT.device, dtype=torch.float32)
+        margin_BTK = window_BT.unsqueeze(-1) - horizon_K + 0.5
+        if self.fixed_window is not None:
+            return (margin_BTK > 0).float()
+        soft = torch.sigmoid(margin_BTK / temperature)
+        if not self.hard:
+            return soft
+        hard = ((margin_BTK > 0) | (horizon_K == 1)).float()
+        return hard + soft - soft.detach() if soft.requires_grad else hard
+
+    def compress(self, expected_BTKE: Tensor, inclusion_BTK: Tensor) -> Tensor:
+        """ṽ from the K expected embeddings (SPEC 2.5)."""
+        weighted = expected_BTKE * inclusion_BTK.unsqueeze(-1)
+        if self.compression is Compression.NONE:
+            return weighted.flatten(-2)
+        if self.compression is Compression.LINEAR:
+            return self.mix(weighted.flatten(-2))
+        if self.compression is Compression.CONV:
+            tokens = weighted.flatten(0, 1).transpose(1, 2)
+            mixed = F.silu(self.mix(tokens)).transpose(1, 2).view_as(weighted)
+            weighted = mixed * inclusion_BTK.unsqueeze(-1)
+        return weighted.sum(-2) / (inclusion_BTK.sum(-1, keepdim=True) + 1e-6)
+
+    def inject(self, state_BTd: Tensor, glance: Glance) -> Tensor:
+        """h̃ = h + s·W_up·RMSNorm(ṽ) (SPEC 2.5, 2.6)."""
+        return state_BTd + self.strength * self.up(self.up_norm(glance.pooled_BTE))

@@ -1,0 +1,211 @@
+"""The parallel pass: all tokens of a sequence through all layers. In float32 it is the referee of every engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fbs_rl.model.attention import sequence_mask
+from fbs_rl.model.chunk_head import Segmentation, close_probability, segment
+from fbs_rl.model.decision import Decider
+from fbs_rl.model.kv_cache import ChunkState, FBSCache, ReaderChunks, open_chunk_sum
+from fbs_rl.model.layer import FBSLayer, Rope, straight_through, unit_norm
+from fbs_rl.model.preview import Glance, Shortlist
+from fbs_rl.model.skip_gate import Motion
+from fbs_rl.types import ChunkTap, KVPolicy, PassTaps, PreviewTap
+
+if TYPE_CHECKING:
+    from fbs_rl.model.modeling import FBSModel
+
+
+@dataclass(slots=True)
+class Tokens:
+    """The tokens of one call: embeddings and where they stand. valid_BT, document_BT: None when trivial."""
+
+    state_BTd: Tensor
+    position_BT: Tensor
+    rope: Rope
+    valid_BT: Tensor | None = None
+    document_BT: Tensor | None = None
+
+
+@dataclass(slots=True)
+class PassResult:
+    """state_BTd: before the final norm. The rest as in FBSOutput."""
+
+    state_BTd: Tensor
+    prob_LBT: Tensor
+    skip_LBT: Tensor
+    taps: PassTaps
+
+
+@dataclass(slots=True)
+class _Walk:
+    """What travels from layer to layer beside the state."""
+
+    motion_BT2: Tensor
+    shortlist: Shortlist | None = None
+    glance: Glance | None = None
+    segmentation: Segmentation | None = None
+    logit_BT: Tensor | None = None
+    prob: list[Tensor] = field(default_factory=list)
+    skip: list[Tensor] = field(default_factory=list)
+    soft: list[Tensor] = field(default_factory=list)
+
+
+def run_sequence(
+    model: FBSModel,
+    tokens: Tokens,
+    decider: Decider,
+    window_temperature: float,
+    cache: FBSCache | None = None,
+) -> PassResult:
+    """Run whole sequences; with `cache` (of prompts, where nothing skips) leave it ready for decoding."""
+    state = tokens.state_BTd
+    batch, length = tokens.position_BT.shape
+    walk = _Walk(Motion.still(batch, length, state.device))
+    taps = PassTaps(gated_BT=decider.gated_BT, valid_BT=tokens.valid_BT)
+    plain_mask = sequence_mask(length, state.device, tokens.valid_BT, tokens.document_BT)
+    for layer in model.fbs_layers():
+        normed = unit_norm(state, model.config.rms_norm_eps)
+        injected = _look(model, layer, state, normed, tokens, walk, taps, window_temperature, cache)
+        state = _pass_layer(
+            model, layer, state, injected, normed, tokens, decider, walk, plain_mask, cache
+        )
+    taps.final_state_BTd = state
+    taps.soft_skip_LBT = torch.stack(walk.soft)
+    return PassResult(state, torch.stack(walk.prob), torch.stack(walk.skip), taps)
+
+
+def _look(
+    model: FBSModel, layer: FBSLayer, state: Tensor, normed: Tensor, tokens: Tokens, walk: _Walk, taps: PassTaps,
+    window_temperature: float, cache: FBSCache | None,
+) -> Tensor:  # fmt: skip
+    """h̃: the state with what PAW and the Chunk-Head add at this layer (the state itself if neither does)."""
+    injected = state
+    if layer.paw is not None:
+        assert model.preview is not None
+        query = layer.paw.query(normed, model.preview)
+        if walk.shortlist is None:
+            walk.shortlist = model.preview.shortlist(query, model.embed_tokens.weight)
+        glance = layer.paw(normed, query, model.preview, walk.shortlist, window_temperature)
+        walk.glance = glance
+        taps.previews.append(
+            PreviewTap(layer.index, glance.query_BTR, glance.window_BT, glance.inclusion_BTK)
+        )
+        injected = layer.paw.inject(injected, glance)
+    if layer.index == model.config.boundary_layer:
+        _segment(model, normed, tokens, walk, taps, cache)
+    if layer.chunk_reader is not None:
+        assert walk.segmentation is not None and taps.chunks is not None
+        addition, summaries = layer.chunk_reader.read_sequence(normed, walk.segmentation)
+        injected = injected + addition
+        taps.chunks.summaries[layer.index] = summaries
+        if cache is not None and cache.chunks is not None:
+            cache.chunks.readers[layer.index] = _reader_chunks(
+                layer, normed, walk.segmentation, summaries, cache.poison
+            )
+    return injected
+
+
+def _segment(
+    model: FBSModel,
+    normed: Tensor,
+    tokens: Tokens,
+    walk: _Walk,
+    taps: PassTaps,
+    cache: FBSCache | None,
+) -> None:
+    assert model.boundary is not None
+    logits, blank = model.boundary(normed)
+    walk.segmentation = segment(logits, tokens.valid_BT, tokens.document_BT)
+    taps.chunks = ChunkTap(
+        logits,
+        blank,
+        close_probability(logits),
+        walk.segmentation.opens_BT,
+        walk.segmentation.chunk_id_BT,
+    )
+    if cache is not None:
+        cache.chunks = ChunkState.after_prompt(walk.segmentation, logits.argmax(-1))
+
+
+def _reader_chunks(
+    layer: FBSLayer, normed: Tensor, segmentation: Segmentation, summaries_BNW: Tensor, poison: bool
+) -> ReaderChunks:
+    """The ring of closed chunks after a prompt: chunk j at slot j mod cap, the newest `cap` kept."""
+    reader = layer.chunk_reader
+    assert reader is not None
+    batch, _, width = summaries_BNW.shape
+    fill = float("nan") if poison else 0.0
+    ring = ReaderChunks(
+        normed.new_full((batch, reader.cap, width), fill),
+        normed.new_full((batch, reader.cap, width), fill),
+        open_chunk_sum(normed, segmentation),
+    )
+    key_BNW, value_BNW = reader.key(summaries_BNW), reader.value(summaries_BNW)
+    closed_B = segmentation.chunk_id_BT.amax(1).clamp_min(0)
+    for row, closed in enumerate(closed_B.tolist()):
+        kept = torch.arange(max(0, closed - reader.cap), closed, device=normed.device)
+        ring.key_BCW[row, kept % reader.cap] = key_BNW[row, kept]
+        ring.value_BCW[row, kept % reader.cap] = value_BNW[row, kept]
+    return ring
+
+
+def _pass_layer(
+    model: FBSModel, layer: FBSLayer, state: Tensor, injected: Tensor, normed: Tensor, tokens: Tokens,
+    decider: Decider, walk: _Walk, plain_mask: Tensor | None, cache: FBSCache | None,
+) -> Tensor:  # fmt: skip
+    """Decide, run the layer for every token, and take its output where the token does not skip."""
+    if decider.leads(layer.index):
+        gate = layer.skip_gate
+        walk.logit_BT = None if gate is None else gate(normed, walk.motion_BT2, walk.glance)
+    prob = None if walk.logit_BT is None else torch.sigmoid(walk.logit_BT)
+    skip = decider.skip(layer.index, prob)
+    key_source, mask = injected, plain_mask
+    if skip is not None:
+        if injected is not state:
+            key_source = torch.where(skip.unsqueeze(-1), state, injected)
+        if model.config.kv_on_skip == KVPolicy.NOOP:
+            mask = sequence_mask(
+                state.shape[1], state.device, tokens.valid_BT, tokens.document_BT, skip
+            )
+    executed, key, value = _run(model, layer, injected, key_source, tokens.rope, mask)
+    if cache is not None:
+        cache.layers[layer.index].append(key, value, tokens.valid_BT)
+    moved = Motion.between(state, executed)
+    none = torch.zeros_like(decider.gated_BT)
+    visible = prob is not None and layer.index not in decider.forced
+    walk.prob.append(prob if visible and prob is not None else none.float())
+    walk.skip.append(none if skip is None else skip)
+    if skip is None:
+        walk.soft.append(none.float())
+        walk.motion_BT2 = moved
+        return executed
+    surrogate = skip.float()
+    if prob is not None and walk.logit_BT is not None and decider.learns:
+        surrogate = torch.where(decider.gated_BT, decider.surrogate(walk.logit_BT, prob), 0.0)
+    walk.soft.append(skip.float() + surrogate - surrogate.detach())
+    walk.motion_BT2 = torch.where(skip.unsqueeze(-1), walk.motion_BT2, moved)
+    return straight_through(surrogate, layer.skip_path(state, normed), executed, skip)
+
+
+def _run(
+    model: FBSModel,
+    layer: FBSLayer,
+    injected: Tensor,
+    key_source: Tensor,
+    rope: Rope,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if model.gradient_checkpointing and model.training and torch.is_grad_enabled():
+        result = checkpoint(
+            layer.run_sequence, injected, key_source, rope, mask, use_reentrant=False
+        )
+        assert isinstance(result, tuple)
+        return result
+    return layer.run_sequence(injected, key_source, rope, mask)

@@ -1,0 +1,178 @@
+"""Shared types. Read this first: every name that crosses a module boundary is defined here.
+
+Shape letters used everywhere: B batch rows, T tokens, L layers, d hidden size, H heads, V vocabulary,
+K preview horizons, M shortlist size, R preview rank, N chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+from transformers.utils.generic import ModelOutput
+
+
+class GateMode(StrEnum):
+    """What decides whether a token skips a layer."""
+
+    DENSE = "dense"  # nothing is skipped
+    THRESHOLD = "threshold"  # z = 1[p >= tau]; with gradients: straight-through on the sharpened p
+    SAMPLE = "sample"  # z ~ Bernoulli(p) from stateless noise; with gradients: straight-through
+    REPLAY = "replay"  # z is given by the caller
+
+
+class KVPolicy(StrEnum):
+    """What a skipped token leaves in the layer's key/value cache (SPEC 4.6). There is no `stale`."""
+
+    PROJECT = "project"  # keys and values are still computed from the identity state
+    NOOP = "noop"  # no entry: later tokens cannot attend to it in this layer
+
+
+class SkipPathKind(StrEnum):
+    IDENTITY = "identity"
+    ADAPTER = "adapter"
+
+
+class Compression(StrEnum):
+    """How the K expected embeddings of a preview become one vector (SPEC 2.5)."""
+
+    CONV = "conv"  # grouped convolution over horizons, SiLU, weighted mean
+    MEAN = "mean"  # weighted mean
+    LINEAR = "linear"  # one learned matrix over all horizons
+    NONE = "none"  # all horizons side by side, uncompressed
+
+
+class GateInputs(StrEnum):
+    RESIDUAL = "residual"
+    PREVIEW = "preview"
+    BOTH = "both"
+
+
+BIOS = ("B", "I", "O", "S")
+"""Boundary classes in the order of the boundary head's outputs."""
+B_LABEL, I_LABEL, O_LABEL, S_LABEL = range(4)
+IGNORED_LABEL = -100
+"""Label of a position that takes part in no loss (the convention of torch's cross entropy)."""
+
+
+@dataclass(slots=True)
+class ChunkLabels:
+    """Pseudo-labels for the Chunk-Head.
+
+    labels_BT: int64 BIOS class, or IGNORED_LABEL where there is none (English, padding).
+    coverage_B: share of the Chinese-aligned spans of a sequence that a retained chunk touches, in
+        [0, 1]; NaN for a sequence without Chinese.
+    force_cross_entropy: no CTC yet. A fresh four-class head is unsure everywhere and would never leave CTC.
+    """
+
+    labels_BT: Tensor
+    coverage_B: Tensor
+    force_cross_entropy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.labels_BT.ndim != 2 or self.coverage_B.shape != self.labels_BT.shape[:1]:
+            raise ValueError(
+                f"chunk labels need labels [B, T] and coverage [B], "
+                f"got {tuple(self.labels_BT.shape)} and {tuple(self.coverage_B.shape)}"
+            )
+
+
+@dataclass(slots=True)
+class PreviewTap:
+    """What one Preview-Attention Window (PAW) layer predicted, kept for the losses.
+
+    query_BTR: the token's query before the per-horizon maps A_h. window_BT: expected lookahead ŵ.
+    inclusion_BTK: α. layer: index of the layer.
+    """
+
+    layer: int
+    query_BTR: Tensor
+    window_BT: Tensor
+    inclusion_BTK: Tensor
+
+
+@dataclass(slots=True)
+class ChunkTap:
+    """What the Chunk-Head saw in a parallel pass, kept for the losses.
+
+    blank_logits_BT: logit of CTC's blank class. close_prob_BT: p_close = π(B)+π(S)+π(O). opens_BT: the
+    token opens a chunk. chunk_id_BT: which chunk a token belongs to (-1: padding). summaries: per chunk
+    layer, u [B, N, width].
+    """
+
+    boundary_logits_BT4: Tensor
+    blank_logits_BT: Tensor
+    close_prob_BT: Tensor
+    opens_BT: Tensor
+    chunk_id_BT: Tensor
+    summaries: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class PassTaps:
+    """Intermediate quantities of a parallel pass that the objective reads."""
+
+    previews: list[PreviewTap] = field(default_factory=list)
+    chunks: ChunkTap | None = None
+    final_state_BTd: Tensor | None = None
+    gated_BT: Tensor | None = None  # True where a gate may act (a decoded, valid token)
+    valid_BT: Tensor | None = None
+    soft_skip_LBT: Tensor | None = None  # z̃ = z + p − sg(p), for rate penalties
+
+
+@dataclass
+class FBSOutput(ModelOutput):
+    """What FBSForCausalLM.forward returns.
+
+    loss: weighted sum of `loss_parts` (only with labels). logits [B, T, V]. gate_prob [L, B, T]:
+    probability that the layer is skipped, 0 where no gate acts. skip [L, B, T] bool: what was
+    executed. lookahead [P, B, T]: ŵ at each of the P PAW layers. boundary_logits [B, T, 4].
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    gate_prob: Tensor | None = None
+    skip: Tensor | None = None
+    lookahead: Tensor | None = None
+    boundary_logits: Tensor | None = None
+    loss_parts: dict[str, Tensor] | None = None
+    taps: PassTaps | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class GateRequest:
+    """Who decides, and with which settings, for one call of the model.
+
+    tau_B: threshold per row. seed_B: noise seed per row (SAMPLE). skip_LBT: actions (REPLAY).
+    temperature sharpens p around tau in THRESHOLD mode with gradients; it does not move decisions.
+    never_skip: layers that always run, in addition to the configuration's.
+    """
+
+    mode: GateMode
+    tau_B: Tensor
+    decode_start_B: Tensor
+    temperature: float = 1.0
+    seed_B: Tensor | None = None
+    skip_LBT: Tensor | None = None
+    never_skip: frozenset[int] = frozenset()
+
+
+def as_row_vector(
+    value: float | int | Tensor, rows: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`value` as a [rows] tensor; a scalar is repeated.
+
+    Raises ValueError if a vector has another length.
+    """
+    vector = torch.as_tensor(value, dtype=dtype, device=device)
+    if vector.ndim == 0:
+        return vector.expand(rows)
+    if vector.shape != (rows,):
+        raise ValueError(
+            f"expected one value or {rows} (one a row), got shape {tuple(vector.shape)}"
+        )
+    return vector
