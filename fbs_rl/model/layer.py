@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fbs_rl.model.attention import attend_sequence, rotate
 from fbs_rl.model.chunk_head import ChunkReader
@@ -31,7 +30,7 @@ class FBSLayer(nn.Module):
         self.config, self.index = config, index
         self.self_attn: Any = block.self_attn
         self.mlp: nn.Module = block.mlp
-        self.input_layernorm: nn.Module = block.input_layernorm
+        self.input_layernorm: Any = block.input_layernorm
         self.post_attention_layernorm: nn.Module = block.post_attention_layernorm
         self.head_dim: int = block.self_attn.head_dim
         self.paw = Paw(config) if index in config.preview_layers else None
@@ -40,6 +39,12 @@ class FBSLayer(nn.Module):
         may_skip = index not in config.protected_layers
         adapts = may_skip and config.skip_path == SkipPathKind.ADAPTER
         self.skip_path = SkipAdapter(config) if adapts else SkipIdentity()
+
+    def input_norm(self, injected_BTd: Tensor, state_BTd: Tensor, normed_BTd: Tensor) -> Tensor:
+        """The backbone's input norm of h̃; where nothing was injected, x̂ = normed_BTd is half of it already."""
+        if injected_BTd is state_BTd:
+            return self.input_layernorm.weight * normed_BTd
+        return self.input_layernorm(injected_BTd)
 
     def queries(self, input_BTd: Tensor, rope: Rope) -> Tensor:
         """Rotated queries [B, H, T, D] of a normed input."""
@@ -64,27 +69,38 @@ class FBSLayer(nn.Module):
         return state_BTd + self.mlp(self.post_attention_layernorm(state_BTd))
 
     def run_sequence(
-        self, injected_BTd: Tensor, key_source_BTd: Tensor, rope: Rope, mask_B1TT: Tensor | None
+        self,
+        state_BTd: Tensor,
+        normed_BTd: Tensor,
+        injected_BTd: Tensor,
+        skip_BT: Tensor | None,
+        rope: Rope,
+        mask_B1TT: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(output, keys, values) for every token of a sequence.
+        """(output, keys, values) for every token of a sequence, as if it ran the layer.
 
-        injected_BTd: h̃. key_source_BTd: what keys and values are computed from: h̃ where the token
-        runs the layer, h where it skips it; the same tensor object as h̃ where they do not differ.
+        state_BTd: h. normed_BTd: x̂. injected_BTd: h̃, the same object as h where nothing was added.
+        Keys and values of tokens that skip come from h, not from h̃ (SPEC 4.6).
         """
-        normed_BTd = self.input_layernorm(injected_BTd)
-        key_input_BTd = (
-            normed_BTd if key_source_BTd is injected_BTd else self.input_layernorm(key_source_BTd)
-        )
+        input_BTd = self.input_norm(injected_BTd, state_BTd, normed_BTd)
+        key_input_BTd = input_BTd
+        if skip_BT is not None and injected_BTd is not state_BTd:
+            plain_BTd = self.input_norm(state_BTd, state_BTd, normed_BTd)
+            key_input_BTd = torch.where(skip_BT.unsqueeze(-1), plain_BTd, input_BTd)
         key, value = self.keys_values(key_input_BTd, rope)
         attended = attend_sequence(
-            self.self_attn, self.config, self.queries(normed_BTd, rope), key, value, mask_B1TT
+            self.self_attn, self.config, self.queries(input_BTd, rope), key, value, mask_B1TT
         )
         return self.finish(injected_BTd, attended), key, value
 
 
 def unit_norm(state: Tensor, eps: float) -> Tensor:
-    """x̂ = RMSNorm(h) without a weight: what every FBS module reads."""
-    return F.rms_norm(state, state.shape[-1:], eps=eps)
+    """x̂ = RMSNorm(h) without a weight: what every FBS module reads.
+
+    In the backbone norm's own order of operations, so that `weight * unit_norm(h)` is its output to the bit.
+    """
+    wide = state.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(state.dtype)
 
 
 def straight_through(

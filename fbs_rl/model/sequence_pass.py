@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -166,15 +166,16 @@ def _pass_layer(
         walk.logit_BT = None if gate is None else gate(normed, walk.motion_BT2, walk.glance)
     prob = None if walk.logit_BT is None else torch.sigmoid(walk.logit_BT)
     skip = decider.skip(layer.index, prob)
-    key_source, mask = injected, plain_mask
-    if skip is not None:
-        if injected is not state:
-            key_source = torch.where(skip.unsqueeze(-1), state, injected)
-        if model.config.kv_on_skip == KVPolicy.NOOP:
-            mask = sequence_mask(
-                state.shape[1], state.device, tokens.valid_BT, tokens.document_BT, skip
-            )
-    executed, key, value = _run(model, layer, injected, key_source, tokens.rope, mask)
+    mask = plain_mask
+    if skip is not None and model.config.kv_on_skip == KVPolicy.NOOP:
+        length, device = state.shape[1], state.device
+        mask = sequence_mask(length, device, tokens.valid_BT, tokens.document_BT, skip)
+    arguments = (state, normed, injected, skip, tokens.rope, mask)
+    if model.gradient_checkpointing and model.training and torch.is_grad_enabled():
+        rerun: Any = checkpoint(layer.run_sequence, *arguments, use_reentrant=False)
+        executed, key, value = rerun
+    else:
+        executed, key, value = layer.run_sequence(*arguments)
     if cache is not None:
         cache.layers[layer.index].append(key, value, tokens.valid_BT)
     moved = Motion.between(state, executed)
@@ -192,20 +193,3 @@ def _pass_layer(
     walk.soft.append(skip.float() + surrogate - surrogate.detach())
     walk.motion_BT2 = torch.where(skip.unsqueeze(-1), walk.motion_BT2, moved)
     return straight_through(surrogate, layer.skip_path(state, normed), executed, skip)
-
-
-def _run(
-    model: FBSModel,
-    layer: FBSLayer,
-    injected: Tensor,
-    key_source: Tensor,
-    rope: Rope,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if model.gradient_checkpointing and model.training and torch.is_grad_enabled():
-        result = checkpoint(
-            layer.run_sequence, injected, key_source, rope, mask, use_reentrant=False
-        )
-        assert isinstance(result, tuple)
-        return result
-    return layer.run_sequence(injected, key_source, rope, mask)

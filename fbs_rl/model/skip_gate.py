@@ -27,17 +27,10 @@ class Motion:
     @torch.no_grad()
     def between(before_BTd: Tensor, after_BTd: Tensor) -> Tensor:
         """[B, T, 2] float32: (δ, cos)."""
-        before = before_BTd.float()
-        change = after_BTd.float() - before
-        # ‖out‖² = ‖in‖² + 2 in·Δ + ‖Δ‖²: three products, and no cancellation in δ when Δ is small.
-        pair_BTd2 = torch.stack((before, change), dim=-1)
-        gram = pair_BTd2.transpose(-1, -2) @ pair_BTd2
-        norm2, dot, change2 = gram[..., 0, 0], gram[..., 0, 1], gram[..., 1, 1]
-        norm2 = norm2.clamp_min(1e-20)
-        after2 = (norm2 + 2 * dot + change2).clamp_min(1e-20)
-        return torch.stack(
-            ((change2 / norm2).sqrt(), (norm2 + dot) * (norm2 * after2).rsqrt()), dim=-1
-        )
+        before, after = before_BTd.float(), after_BTd.float()
+        norm = torch.linalg.vector_norm(before, dim=-1).clamp_min(1e-10)
+        moved = torch.linalg.vector_norm(after - before, dim=-1) / norm
+        return torch.stack((moved, F.cosine_similarity(before, after, dim=-1)), dim=-1)
 
 
 class SkipGate(nn.Module):

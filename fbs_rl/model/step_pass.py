@@ -129,7 +129,7 @@ def _pass_layer(
     projects = model.config.kv_on_skip == KVPolicy.PROJECT
     if skipping == len(skip_B):
         if projects:
-            key, value = layer.keys_values(layer.input_layernorm(state), tokens.rope)
+            key, value = layer.keys_values(layer.input_norm(state, state, normed), tokens.rope)
             cache.layers[layer.index].append(
                 *_blanked(key, value, tokens.valid_BT), tokens.valid_BT
             )
@@ -164,7 +164,7 @@ def _execute(
         injected = injected + _read_chunks(
             layer.chunk_reader, _rows(normed, run_rows), cache.chunks, layer.index, run_rows
         )
-    normed_in = layer.input_layernorm(injected)
+    normed_in = layer.input_norm(injected, rows_state, _rows(normed, run_rows))
     rope = _rope_rows(tokens.rope, run_rows)
     query = layer.queries(normed_in, rope)[:, :, 0]
     key, value = layer.keys_values(normed_in, rope)
@@ -173,8 +173,10 @@ def _execute(
         key, value = _scatter(key, run_rows, batch), _scatter(value, run_rows, batch)
         query = _scatter(query, run_rows, batch)
         if project_rows is not None:
+            idle_state, idle_normed = state[project_rows], normed[project_rows]
             late = layer.keys_values(
-                layer.input_layernorm(state[project_rows]), _rope_rows(tokens.rope, project_rows)
+                layer.input_norm(idle_state, idle_state, idle_normed),
+                _rope_rows(tokens.rope, project_rows),
             )
             key = key.index_copy(0, project_rows, late[0])
             value = value.index_copy(0, project_rows, late[1])

@@ -1,0 +1,180 @@
+"""python -m fbs_rl.bench decode: time per decoding step on this machine, dense against skipping.
+
+All variants run in one process and take turns, one step each, so that a busy machine slows them alike;
+figures are medians, and ratios are of medians. Forced rates: the gates are computed in full, but their
+last layer is set to give one constant probability, so that the measured skip ratio is the one asked for
+and no quality is implied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from fbs_rl.model.backbone import SMOLLM2, ModelSource, load_backbone
+from fbs_rl.model.configuration import PRESETS, FBSConfig
+from fbs_rl.model.kv_cache import FBSCache
+from fbs_rl.model.modeling import FBSForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. ms_p50, ms_p95: per step. ratio: the same-batch dense median over this one."""
+
+    preset: str
+    batch: int
+    variant: str
+    skip_ratio: float
+    ms_p50: float
+    ms_p95: float
+    speedup: float
+
+
+Step = Callable[[], float]
+"""Runs one decoding step and returns the share of (row, layer) pairs that were skipped."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    if not 0 <= arguments.skip < 1:
+        print(f"bench: --skip is {arguments.skip}; give a share of layers in [0, 1)", file=sys.stderr)
+        return 2
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    dtype = getattr(torch, arguments.dtype)
+    rows = []
+    for preset in arguments.presets.split(","):
+        for batch in (int(b) for b in arguments.batches.split(",")):
+            print(f"measuring preset {preset}, batch {batch} ...", file=sys.stderr, flush=True)
+            rows += measure(arguments.model, preset, batch, arguments, dtype)
+    if arguments.json:
+        print(json.dumps({"settings": vars(arguments), "host": _host(), "rows": [asdict(r) for r in rows]}))
+    else:
+        print(table(rows, arguments))
+    return 0
+
+
+def measure(name: str, preset: str, batch: int, arguments: argparse.Namespace, dtype: torch.dtype) -> list[Row]:
+    """Rows of one preset and batch size, the dense FBS model first."""
+    backbone = load_backbone(ModelSource.parse(name), dtype)
+    model = FBSForCausalLM.from_backbone(backbone, FBSConfig.preset(preset))
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, model.config.vocab_size, (batch, arguments.prompt_tokens), generator=generator)
+    token = prompt[:, -1:]
+    hold_probability(model, arguments.skip)
+    alike, apart = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+    with torch.inference_mode():
+        steps = {
+            "dense": _fbs_step(model, prompt, token, {"gates": "dense"}),
+            "gates on, nothing skipped": _fbs_step(model, prompt, token, {"gates": "threshold", "tau": 1.0}),
+            "skipping": _fbs_step(model, prompt, token, {"gates": "sample", "gate_seed": apart}),
+        }
+        if batch > 1:
+            steps["skipping, rows agree"] = _fbs_step(model, prompt, token, {"gates": "sample", "gate_seed": alike})
+        plain = load_backbone(ModelSource.parse(name), dtype)
+        steps["plain transformers"] = _plain_step(plain, prompt, token)
+        times, skips = _interleave(steps, arguments.warmup, arguments.steps)
+    base = statistics.median(times["dense"])
+    return [
+        Row(
+            preset, batch, variant, statistics.fmean(skips[variant]), 1e3 * statistics.median(seconds),
+            1e3 * statistics.quantiles(seconds, n=20)[-1], base / statistics.median(seconds),
+        )  # fmt: skip
+        for variant, seconds in times.items()
+    ]
+
+
+def hold_probability(model: FBSForCausalLM, share: float) -> None:
+    """Make every gate answer one probability, such that `share` of all layers is skipped on average."""
+    free = model.config.layer_count - len(model.config.protected_layers)
+    prob = torch.tensor(min(share * model.config.layer_count / free, 0.99))
+    with torch.no_grad():
+        for layer in model.model.fbs_layers():
+            if layer.skip_gate is not None:
+                layer.skip_gate.out.weight.zero_()
+                layer.skip_gate.out.bias.fill_(float(torch.logit(prob)))
+
+
+def _fbs_step(model: FBSForCausalLM, prompt: Tensor, token: Tensor, gates: dict) -> Step:
+    cache = FBSCache(model.config.layer_count)
+    model(prompt, past_key_values=cache, logits_to_keep=1, **gates)
+
+    def step() -> float:
+        out = model(token, past_key_values=cache, **gates)
+        return float(out.skip.float().mean())
+
+    return step
+
+
+def _plain_step(model: torch.nn.Module, prompt: Tensor, token: Tensor) -> Step:
+    cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+
+    def step() -> float:
+        model(token, past_key_values=cache, use_cache=True)
+        return 0.0
+
+    return step
+
+
+def _interleave(steps: dict[str, Step], warmup: int, count: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds and skip shares per variant; the variants take turns, in a new order each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    skips: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for turn in range(warmup + count):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            skipped = steps[name]()
+            elapsed = time.perf_counter() - start
+            if turn >= warmup:
+                seconds[name].append(elapsed)
+                skips[name].append(skipped)
+    return seconds, skips
+
+
+def table(rows: list[Row], arguments: argparse.Namespace) -> str:
+    """The rows as Markdown."""
+    lines = [
+        f"{arguments.model}, {arguments.dtype}, prompt {arguments.prompt_tokens}, {arguments.steps} steps each, interleaved; {_host()}",
+        "",
+        "| preset | batch | variant | layers skipped | ms/step p50 | p95 | tokens/s | dense / this |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.preset} | {r.batch} | {r.variant} | {r.skip_ratio:.1%} | {r.ms_p50:.1f} | {r.ms_p95:.1f} "
+        f"| {1e3 * r.batch / r.ms_p50:.1f} | {r.speedup:.2f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def _host() -> str:
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fbs_rl.bench", description=__doc__)
+    parser.add_argument("what", choices=["decode"], nargs="?", default="decode")
+    parser.add_argument("--model", default=SMOLLM2, help="hub id, folder, .gguf file or smollm2-135m")
+    parser.add_argument("--presets", default="default,paper", help=f"of {', '.join(sorted(PRESETS))}")
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--skip", type=float, default=0.36, help="share of all layers to skip (default 0.36)")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
