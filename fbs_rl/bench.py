@@ -46,7 +46,9 @@ Step = Callable[[], float]
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if not 0 <= arguments.skip < 1:
-        print(f"bench: --skip is {arguments.skip}; give a share of layers in [0, 1)", file=sys.stderr)
+        print(
+            f"bench: --skip is {arguments.skip}; give a share of layers in [0, 1)", file=sys.stderr
+        )
         return 2
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     dtype = getattr(torch, arguments.dtype)
@@ -56,38 +58,55 @@ def main(argv: list[str] | None = None) -> int:
             print(f"measuring preset {preset}, batch {batch} ...", file=sys.stderr, flush=True)
             rows += measure(arguments.model, preset, batch, arguments, dtype)
     if arguments.json:
-        print(json.dumps({"settings": vars(arguments), "host": _host(), "rows": [asdict(r) for r in rows]}))
+        print(
+            json.dumps(
+                {"settings": vars(arguments), "host": _host(), "rows": [asdict(r) for r in rows]}
+            )
+        )
     else:
         print(table(rows, arguments))
     return 0
 
 
-def measure(name: str, preset: str, batch: int, arguments: argparse.Namespace, dtype: torch.dtype) -> list[Row]:
+def measure(
+    name: str, preset: str, batch: int, arguments: argparse.Namespace, dtype: torch.dtype
+) -> list[Row]:
     """Rows of one preset and batch size, the dense FBS model first."""
     backbone = load_backbone(ModelSource.parse(name), dtype)
     model = FBSForCausalLM.from_backbone(backbone, FBSConfig.preset(preset))
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocab_size, (batch, arguments.prompt_tokens), generator=generator)
+    prompt = torch.randint(
+        0, model.config.vocab_size, (batch, arguments.prompt_tokens), generator=generator
+    )
     token = prompt[:, -1:]
     hold_probability(model, arguments.skip)
     alike, apart = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
     with torch.inference_mode():
         steps = {
             "dense": _fbs_step(model, prompt, token, {"gates": "dense"}),
-            "gates on, nothing skipped": _fbs_step(model, prompt, token, {"gates": "threshold", "tau": 1.0}),
+            "gates on, nothing skipped": _fbs_step(
+                model, prompt, token, {"gates": "threshold", "tau": 1.0}
+            ),
             "skipping": _fbs_step(model, prompt, token, {"gates": "sample", "gate_seed": apart}),
         }
         if batch > 1:
-            steps["skipping, rows agree"] = _fbs_step(model, prompt, token, {"gates": "sample", "gate_seed": alike})
+            steps["skipping, rows agree"] = _fbs_step(
+                model, prompt, token, {"gates": "sample", "gate_seed": alike}
+            )
         plain = load_backbone(ModelSource.parse(name), dtype)
         steps["plain transformers"] = _plain_step(plain, prompt, token)
         times, skips = _interleave(steps, arguments.warmup, arguments.steps)
     base = statistics.median(times["dense"])
     return [
         Row(
-            preset, batch, variant, statistics.fmean(skips[variant]), 1e3 * statistics.median(seconds),
-            1e3 * statistics.quantiles(seconds, n=20)[-1], base / statistics.median(seconds),
-        )  # fmt: skip
+            preset,
+            batch,
+            variant,
+            statistics.fmean(skips[variant]),
+            1e3 * statistics.median(seconds),
+            1e3 * statistics.quantiles(seconds, n=20)[-1],
+            base / statistics.median(seconds),
+        )
         for variant, seconds in times.items()
     ]
 
@@ -124,7 +143,9 @@ def _plain_step(model: torch.nn.Module, prompt: Tensor, token: Tensor) -> Step:
     return step
 
 
-def _interleave(steps: dict[str, Step], warmup: int, count: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def _interleave(
+    steps: dict[str, Step], warmup: int, count: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds and skip shares per variant; the variants take turns, in a new order each round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     skips: dict[str, list[float]] = {name: [] for name in steps}
@@ -143,7 +164,8 @@ def _interleave(steps: dict[str, Step], warmup: int, count: int) -> tuple[dict[s
 def table(rows: list[Row], arguments: argparse.Namespace) -> str:
     """The rows as Markdown."""
     lines = [
-        f"{arguments.model}, {arguments.dtype}, prompt {arguments.prompt_tokens}, {arguments.steps} steps each, interleaved; {_host()}",
+        f"{arguments.model}, {arguments.dtype}, prompt {arguments.prompt_tokens}, "
+        f"{arguments.steps} steps each, interleaved; {_host()}",
         "",
         "| preset | batch | variant | layers skipped | ms/step p50 | p95 | tokens/s | dense / this |",
         "|---|---|---|---|---|---|---|---|",
@@ -163,10 +185,16 @@ def _host() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fbs_rl.bench", description=__doc__)
     parser.add_argument("what", choices=["decode"], nargs="?", default="decode")
-    parser.add_argument("--model", default=SMOLLM2, help="hub id, folder, .gguf file or smollm2-135m")
-    parser.add_argument("--presets", default="default,paper", help=f"of {', '.join(sorted(PRESETS))}")
+    parser.add_argument(
+        "--model", default=SMOLLM2, help="hub id, folder, .gguf file or smollm2-135m"
+    )
+    parser.add_argument(
+        "--presets", default="default,paper", help=f"of {', '.join(sorted(PRESETS))}"
+    )
     parser.add_argument("--batches", default="1,8")
-    parser.add_argument("--skip", type=float, default=0.36, help="share of all layers to skip (default 0.36)")
+    parser.add_argument(
+        "--skip", type=float, default=0.36, help="share of all layers to skip (default 0.36)"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=6)

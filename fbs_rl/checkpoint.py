@@ -31,11 +31,15 @@ _TENSORS, _DESCRIPTION = "gates.safetensors", "gates.json"
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run. trained: its gates came from a checkpoint, not from initial values."""
+    """A model ready to run."""
 
     model: FBSForCausalLM
     tokenizer: PreTrainedTokenizerBase
-    trained: bool
+
+    @property
+    def trained(self) -> bool:
+        """Whether the gates hold more than their initial, arbitrary values."""
+        return self.model.config.gates_origin != "initial"
 
 
 def load_model(
@@ -63,19 +67,29 @@ def load_model(
         check_same_backbone(description, config, gates, name)
         fbs = FBSConfig(**description["options"])
     read_tokenizer = load_tokenizer(
-        source if tokenizer is None else ModelSource.parse(tokenizer), config.vocab_size
+        source if tokenizer is None else ModelSource.parse_tokenizer(tokenizer), config.vocab_size
     )
     if is_fbs:
         if fbs is not None and gates is None:
             raise ValueError(
                 f"{name} is an FBS model with options of its own; leave the preset out"
             )
-        model = FBSForCausalLM.from_pretrained(source.name, dtype=dtype).eval()
+        model = _read_folder(source, dtype)
     else:
         model = FBSForCausalLM.from_backbone(source.name, fbs, source.gguf_file, dtype)
     if gates is not None:
         apply_gates(model, gates)
-    return LoadedModel(model, read_tokenizer, trained=is_fbs or gates is not None)
+    return LoadedModel(model, read_tokenizer)
+
+
+def _read_folder(source: ModelSource, dtype: torch.dtype | str) -> FBSForCausalLM:
+    try:
+        return FBSForCausalLM.from_pretrained(source.name, dtype=dtype).eval()
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(
+            f"{source.name}: its weights could not be read ({reason}); copy the folder again"
+        ) from error
 
 
 def load_tokenizer(source: ModelSource, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -233,5 +247,5 @@ def apply_gates(model: FBSForCausalLM, folder: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             mine[name].copy_(tensor)
-    for name in ("gates", "tau"):
+    for name in ("gates", "tau", "gates_origin"):
         setattr(model.config, name, description["options"][name])

@@ -71,8 +71,8 @@ def summary(result: dict[str, Any], system: ColorSystem | None) -> str:
             blocks.append(legend(result["layers"], system))
         else:
             shares = [s / result["layers"] for s in run["skipped_by_token"] if s is not None]
-            blocks.append(f"share of layers skipped, by token\n{strip(shares, None)}")
-        by_layer = strip(run["skip_share_by_layer"], system)
+            blocks.append(f"share of layers skipped, by token\n{strip(shares)}")
+        by_layer = strip(run["skip_share_by_layer"])
         blocks.append(f"share of tokens that skipped, by layer ({strip_key()})\n{by_layer}")
     columns = [run] if dense is None else [run, dense]
     blocks.append(_table([["", *(c["mode"] for c in columns)], *_rows(columns)]))
@@ -131,7 +131,9 @@ def _comparison_notes(result: dict[str, Any]) -> list[str]:
     )
     if made["speedup"] is None:
         return [text]
-    return [f"{text} Gated decoding ran at {made['speedup']:.2f} times the speed of dense."]
+    return [
+        f"{text}\nGated decoding ran at {made['speedup']:.2f} times the speed of dense (one run each)."
+    ]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

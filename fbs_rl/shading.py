@@ -101,14 +101,12 @@ def legend(layers: int, system: ColorSystem) -> str:
     return f"layers skipped {''.join(cells)} of {layers}; the last token is not fed, so it has no colour"
 
 
-def strip(
-    shares: Sequence[float], system: ColorSystem | None, every: int = 5, width: int = 60
-) -> str:
+def strip(shares: Sequence[float], every: int = 5, width: int = 60) -> str:
     """One cell for each share in [0, 1], `width` to a line, with numbers from 0 under every fifth cell."""
     lines = []
     for start in range(0, len(shares), width):
         part = shares[start : start + width]
-        lines.append("".join(_cell(share, system) for share in part))
+        lines.append("".join(_cell(share) for share in part))
         numbers = range(start, start + len(part), every)
         lines.append("".join(str(n).ljust(every) for n in numbers).rstrip())
     return "\n".join(lines)
@@ -120,10 +118,8 @@ def strip_key() -> str:
     return f"{_NEVER} none, {steps}"
 
 
-def _cell(share: float, system: ColorSystem | None) -> str:
-    glyph = _BLOCKS[min(math.ceil(share * 8), 8) - 1] if share > 0 else _NEVER
-    ink = Style(color=_colour(share))
-    return ink.render(glyph, color_system=system) if system and share > 0 else glyph
+def _cell(share: float) -> str:
+    return _BLOCKS[min(math.ceil(share * 8), 8) - 1] if share > 0 else _NEVER
 
 
 def _on_colour(text: str, share: float, system: ColorSystem) -> str:

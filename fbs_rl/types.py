@@ -120,6 +120,7 @@ class PassTaps:
     gated_BT: Tensor | None = None  # True where a gate may act (a decoded, valid token)
     valid_BT: Tensor | None = None
     soft_skip_LBT: Tensor | None = None  # z̃ = z + p − sg(p), for rate penalties
+    states: list[Tensor] = field(default_factory=list)  # h entering each layer, of a parallel pass
 
 
 @dataclass

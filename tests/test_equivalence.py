@@ -16,7 +16,6 @@ from fbs_rl.types import FBSOutput
 from tests.tiny import (
     LAYERS,
     NOOP,
-    VOCAB,
     assert_same,
     backbone,
     fresh,

@@ -17,13 +17,14 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fbs_rl.checkpoint import save_gates
-from fbs_rl.decoding import comparison, decode, measures, token_chooser
+from fbs_rl.decoding import comparison, decode, measures
 from fbs_rl.generate import main
 from fbs_rl.model import FBSConfig, FBSForCausalLM
 from fbs_rl.model.flops import count_trace
+from fbs_rl.shading import visible
 from fbs_rl.types import GateMode
 from tests.small_tokenizer import TEXTS, saveable_tokenizer
-from tests.tiny import SMALL, lively
+from tests.tiny import SMALL, VOCAB, lively
 
 LAYERS, CONTEXT, NEW = 8, 96, 16
 PROMPT = "读书 and skip"
@@ -224,17 +225,24 @@ def test_a_terminal_gets_the_text_shaded(
     shown = on_terminal(monkeypatch, *base(places))
     assert "\x1b[97;48;2;" in shown and "layers skipped" in shown
     plain = on_terminal(monkeypatch, *base(places), NO_COLOR="1")
-    assert "\x1b" not in plain and plain.split("by token")[0] in ESCAPE.sub("", shown)
+    assert "\x1b" not in plain
     assert "\x1b" not in on_terminal(monkeypatch, *base(places), "--no-color")
     text = run_json(capsys, *base(places))["run"]["text"]
-    if text.isprintable():
-        assert text in ESCAPE.sub("", shown)
+    for output in (ESCAPE.sub("", shown), plain):
+        assert f"gated by threshold:\n{visible(text)}\n" in output
 
 
 def test_a_process_reads_standard_input_and_prints_one_json_object(places: dict[str, str]) -> None:
     command = [sys.executable, "-m", "fbs_rl.generate", places["backbone"], "--prompt", "-"]
     command += ["--max-new-tokens", "2", "--json"]
-    done = subprocess.run(command, input=PROMPT + "\n", capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command,
+        input=PROMPT + "\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     result = json.loads(done.stdout)
     assert done.returncode == 0 and result["prompt"] == PROMPT
     assert done.stderr.count("\n") == 1 and "never been trained" in done.stderr
@@ -273,7 +281,6 @@ def test_preset_and_dtype_and_an_unreached_threshold(
     places: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--preset", "default", "--dtype", "bfloat16", "--max-new-tokens", "4"]
-    # The presets' preview asks for more tokens than the tiny vocabulary has groups of channels.
     code = main([places["backbone"], "--prompt", "skip", *options])
     out = capsys.readouterr().out
     assert code == 0 and "bfloat16" in out and "never been trained" in out
@@ -320,17 +327,25 @@ def test_decoding_stops_at_the_end_of_text(
 @pytest.mark.parametrize("kv", ["project", "noop"])
 def test_the_loop_decides_and_counts_as_one_parallel_pass_does(kv: str) -> None:
     model = lively(kv_on_skip=kv)
-    prompt = [5, 17, 42, 8, 60]
+    ids = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+    prompt, forced = ids[:8], ids[8:]
+    tokens = iter(forced)
     made = decode(
-        model, prompt, 20, token_chooser(0, 1, 0), mode=GateMode.THRESHOLD, tau=0.5, never_skip=[3]
+        model,
+        prompt,
+        len(forced),
+        lambda _: next(tokens),
+        mode=GateMode.THRESHOLD,
+        tau=0.5,
+        never_skip=[3],
     )
+    assert made.token_ids == forced
     fed = torch.tensor([prompt + made.token_ids[:-1]])
     with torch.no_grad():
         whole = model(fed, gates="threshold", tau=0.5, decode_start=len(prompt), never_skip=[3])
     assert torch.equal(whole.skip[:, 0, len(prompt) :], made.skip_LT)
     assert not made.skip_LT[3].any() and made.skip_LT.any()
     torch.testing.assert_close(whole.gate_prob[:, 0, len(prompt) :], made.gate_prob_LT)
-    assert whole.logits[0, len(prompt) - 1 :].argmax(-1).tolist() == made.token_ids
     chunks = whole.taps.chunks
     closed_before = chunks.chunk_id_BT[0, len(prompt) - 1 : -1]
     assert made.closed_chunks_T is not None and made.opens_T is not None
@@ -366,7 +381,7 @@ ERRORS = {
     "no file": ("fbs --prompt-file nowhere", "there is no file"),
     "no text": ("fbs --prompt-file latin.txt", "is not UTF-8 text"),
     "prompt too long": ("fbs --prompt " + "x" * 120, "has 120 tokens, but the model's context is 96"),
-    "too many new": ("fbs --prompt x --max-new-tokens 96", "1 prompt tokens and --max-new-tokens 96 are more than the model's context of 96; ask for at most 95"),
+    "too many new": ("fbs --prompt x --max-new-tokens 96", "tokens 96 are more than the model's context of 96"),
     "no new": ("fbs --prompt x --max-new-tokens 0", "ask for at least 1"),
     "other gates": ("fbs --prompt x --max-new-tokens 4 --gates-folder other_gates", "made on another backbone"),
     "retrained": ("backbone --prompt x --max-new-tokens 4 --gates-folder retrained_gates", "made on other weights"),

@@ -94,7 +94,7 @@ def test_control_characters_cannot_steer_the_terminal() -> None:
 
 def test_strip_has_one_cell_a_layer_and_a_number_under_every_fifth() -> None:
     shares = [0.0, 0.01, 0.125, 0.126, 0.5, 0.875, 0.876, 1.0, 0.0, 0.0, 0.3, 1.0]
-    cells, numbers = strip(shares, None).split("\n")
+    cells, numbers = strip(shares).split("\n")
     assert cells == "·▁▁▂▄▇██··▃█"
     assert numbers == "0    5    10"
     for number in ("0", "5", "10"):
@@ -102,14 +102,8 @@ def test_strip_has_one_cell_a_layer_and_a_number_under_every_fifth() -> None:
 
 
 def test_long_strips_wrap_and_keep_counting() -> None:
-    lines = strip([0.5] * 23, None, width=10).split("\n")
+    lines = strip([0.5] * 23, width=10).split("\n")
     assert lines == ["▄" * 10, "0    5", "▄" * 10, "10   15", "▄" * 3, "20"]
-
-
-def test_strip_in_colour_shows_the_same_cells() -> None:
-    shares = [0.0, 0.2, 0.9]
-    coloured = strip(shares, ColorSystem.TRUECOLOR)
-    assert "\x1b[" in coloured and ESCAPE.sub("", coloured) == strip(shares, None)
 
 
 def test_legend_runs_from_none_to_all_layers() -> None:

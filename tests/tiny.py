@@ -128,7 +128,7 @@ def _centre(model: Any) -> None:
     ids = torch.randint(0, VOCAB, (4, 24), generator=torch.Generator().manual_seed(6))
     if model.model.boundary is not None:
         mean = model(ids).boundary_logits.mean((0, 1))
-        model.model.boundary.classify.bias[:4] += torch.tensor([0.5, 0.8, 0.3, 0.3]) - mean
+        model.model.boundary.classify.bias[:4] += torch.tensor([0.8, 1.2, 0.1, 0.1]) - mean
     for layer in model.model.layers:
         if layer.skip_gate is None:
             continue

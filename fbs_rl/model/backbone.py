@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import importlib.util
 import json
@@ -89,14 +91,29 @@ class ModelSource:
             )
         return cls(name, gguf_file)
 
+    @classmethod
+    def parse_tokenizer(cls, name: str) -> ModelSource:
+        """As `parse`, but a folder need not hold a model."""
+        return cls(name) if Path(name).expanduser().is_dir() else cls.parse(name)
+
     def read_config(self) -> PreTrainedConfig:
         """The model's configuration; OSError with one sentence if neither disk nor hub has it."""
-        try:
-            return AutoConfig.from_pretrained(self.name, gguf_file=self.gguf_file)
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"{self.name}: no model could be read there ({_first_line(error)})"
-            ) from error
+        return copy.deepcopy(_read_config(self))
+
+    @property
+    def label(self) -> str:
+        """The source in words, for messages."""
+        return self.name if self.gguf_file is None else f"{self.name}/{self.gguf_file}"
+
+
+@functools.lru_cache(maxsize=8)  # reading a GGUF header takes seconds
+def _read_config(source: ModelSource) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source.name, gguf_file=source.gguf_file)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{source.label}: no model could be read there ({_first_line(error)})"
+        ) from error
 
 
 def _bundled_smollm2() -> tuple[str, str]:
@@ -133,14 +150,14 @@ def check_family(config: PreTrainedConfig, name: str) -> BackboneFamily:
 def load_backbone(source: ModelSource, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The backbone's causal language model, in evaluation mode. Raises as ModelSource and check_family do."""
     config = source.read_config()
-    check_family(config, source.name)
+    check_family(config, source.label)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source.name, gguf_file=source.gguf_file, dtype=dtype
+            source.name, gguf_file=source.gguf_file, dtype=dtype, config=config
         )
     except OSError as error:
         raise OSError(
-            f"{source.name}: its weights could not be read ({_first_line(error)})"
+            f"{source.label}: its weights could not be read ({_first_line(error)})"
         ) from error
     return model.eval()
 

@@ -64,6 +64,8 @@ class FBSConfig(PreTrainedConfig):
     """Gate mode of a call that names none."""
     tau: float = 0.8
     """Skip where the gate's probability is at least this (SPEC 4.7)."""
+    gates_origin: str = "initial"
+    """Where the gates' values come from: "initial" (arbitrary), "fitted" (closed form) or "trained"."""
     kv_on_skip: str = KVPolicy.PROJECT
     """What a skipped token leaves in the layer's cache (SPEC 4.6)."""
     skip_path: str = SkipPathKind.ADAPTER
@@ -249,6 +251,7 @@ class FBSConfig(PreTrainedConfig):
     def validate(self) -> None:
         """Raise ValueError, in one sentence, for the first setting that cannot work."""
         _choose("gates", self.gates, [m.value for m in GateMode if m is not GateMode.REPLAY])
+        _choose("gates_origin", self.gates_origin, ["initial", "fitted", "trained"])
         _choose("kv_on_skip", self.kv_on_skip, list(KVPolicy))
         _choose("skip_path", self.skip_path, list(SkipPathKind))
         _choose("paw_compression", self.paw_compression, list(Compression))

@@ -114,6 +114,7 @@ class FBSModel(FBSPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         window_temperature: float | None = None,
         cache: FBSCache | None = None,
+        keep_states: bool = False,
     ) -> PassResult:
         """All tokens of a call: in parallel where nothing of a cache is behind them, else step by step."""
         temperature = (
@@ -128,9 +129,8 @@ class FBSModel(FBSPreTrainedModel):
                 valid_BT = None
         position_BT = self._positions(position_ids, valid_BT, batch, length, embeds.device, cache)
         embeds = self._add_segments(embeds, input_ids, valid_BT, document_ids, cache)
-        tokens = Tokens(
-            embeds, position_BT, self.rotary_emb(embeds, position_BT), valid_BT, document_ids
-        )
+        rope = self.rotary_emb(embeds, position_BT)
+        tokens = Tokens(embeds, position_BT, rope, valid_BT, document_ids, keep_states)
         decider = Decider.of(self.config, request, position_BT, valid_BT)
         if request.mode is GateMode.REPLAY:
             check_replay(self.config, request, decider.gated_BT)

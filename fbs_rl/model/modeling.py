@@ -109,6 +109,7 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
         loss_seed: int = 0,
         skip_target: float | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> FBSOutput:
         """Logits, gate probabilities, actions and, with labels, the weighted losses.
@@ -119,6 +120,8 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
         row. never_skip: more layers that always run. document_ids [B, T]: documents of packed sequences.
         dense_logits [B, T, V]: the distribution that L_distill pulls towards (None: this model's own
         dense pass, when loss_distill is above 0 and gates act). loss_seed: draws the previews that are scored.
+
+        output_hidden_states: also return the state entering each layer and the final normed one (without a cache).
 
         Raises ValueError, in one sentence, for arguments that do not fit.
         """
@@ -160,6 +163,7 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
             inputs_embeds,
             window_temperature,
             cache,
+            bool(output_hidden_states),
         )
         hidden = self.model.norm(result.state_BTd)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -182,6 +186,7 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=cache,
+            hidden_states=(*taps.states, hidden) if output_hidden_states and taps.states else None,
             gate_prob=result.prob_LBT,
             skip=result.skip_LBT,
             lookahead=torch.stack([p.window_BT for p in taps.previews]) if taps.previews else None,

@@ -31,6 +31,7 @@ class Tokens:
     rope: Rope
     valid_BT: Tensor | None = None
     document_BT: Tensor | None = None
+    keep_states: bool = False
 
 
 @dataclass(slots=True)
@@ -71,6 +72,8 @@ def run_sequence(
     taps = PassTaps(gated_BT=decider.gated_BT, valid_BT=tokens.valid_BT)
     plain_mask = sequence_mask(length, state.device, tokens.valid_BT, tokens.document_BT)
     for layer in model.fbs_layers():
+        if tokens.keep_states:
+            taps.states.append(state)
         normed = unit_norm(state, model.config.rms_norm_eps)
         injected = _look(model, layer, state, normed, tokens, walk, taps, window_temperature, cache)
         state = _pass_layer(

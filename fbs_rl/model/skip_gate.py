@@ -72,20 +72,22 @@ class SkipGate(nn.Module):
 
     def forward(self, normed_BTd: Tensor, motion_BT2: Tensor, glance: Glance | None) -> Tensor:
         """Gate logits [B, T], float32, within ±gate_logit_clip."""
+        hidden_BTG = self.activations(normed_BTd, motion_BT2, glance)
+        logit = F.linear(hidden_BTG, self.out.weight.float(), self.out.bias.float()).squeeze(-1)
+        return logit.clamp(-self.clip, self.clip)
+
+    def activations(self, normed_BTd: Tensor, motion_BT2: Tensor, glance: Glance | None) -> Tensor:
+        """SiLU(W_3 g) [B, T, gate_hidden], float32: what the last layer weighs."""
         parts = []
         if self.reads_residual:
             parts += [self.reduce_norm(self.reduce(normed_BTd)).float(), motion_BT2]
         if self.reads_preview:
             assert glance is not None
-            parts += [
-                self.preview(glance.pooled_BTE).float(),
-                glance.entropy_BT.detach().unsqueeze(-1),
-            ]
-        # The last two products run in float32 whatever the model's type: decisions hang on them.
+            entropy_BT1 = glance.entropy_BT.detach().unsqueeze(-1)
+            parts += [self.preview(glance.pooled_BTE).float(), entropy_BT1]
+        # From here on in float32 whatever the model's type: decisions hang on it.
         features = torch.cat(parts, dim=-1)
-        hidden = F.silu(F.linear(features, self.hidden.weight.float(), self.hidden.bias.float()))
-        logit = F.linear(hidden, self.out.weight.float(), self.out.bias.float()).squeeze(-1)
-        return logit.clamp(-self.clip, self.clip)
+        return F.silu(F.linear(features, self.hidden.weight.float(), self.hidden.bias.float()))
 
 
 def gate_uniform(seed_B: Tensor, position_BT: Tensor, layer: int) -> Tensor:
