@@ -66,7 +66,7 @@ def prepare(options: argparse.Namespace) -> Job:
         if not isinstance(config, FBSConfig):
             check_family(config, options.model)
         named = options.tokenizer
-        tokenizer_source = source if named is None else ModelSource.parse(named)
+        tokenizer_source = source if named is None else ModelSource.parse_tokenizer(named)
         tokenizer = load_tokenizer(tokenizer_source, config.vocab_size)
         encode_prompt(options, prompt, config, tokenizer)
     loaded = load_model(
