@@ -82,6 +82,20 @@ def test_a_prompt_then_steps_equals_the_parallel_pass(model: Any, call: Any, pro
     assert_same(found, parallel(model, ids, mask, gates), mask)
 
 
+@pytest.mark.parametrize("prompt", [6, 14])
+@pytest.mark.parametrize("kv", ["project", "noop"])
+def test_a_prompt_call_may_reach_into_decoding(kv: str, prompt: int) -> None:
+    """Rows begin to decode at different columns, all inside the first call."""
+    model = lively(kv_on_skip=kv)
+    ids, mask = left_padded(12, [14, 14, 11])
+    gates: dict[str, Any] = {"gates": "threshold", "tau": 0.5}
+    gates["decode_start"] = torch.tensor([2, 9, 4])
+    with torch.no_grad():
+        wanted = model(ids, mask, **gates)
+    assert wanted.skip[:, 0, 2:9].any()
+    assert_same(stepwise(model, ids, mask, prompt=prompt, **gates), wanted, mask)
+
+
 @PROPERTY
 @given(models, calls(), st.randoms())
 def test_rows_may_come_in_any_order(model: Any, call: Any, shuffle: Any) -> None:

@@ -86,9 +86,12 @@ def test_padding_is_inferred_from_the_pad_token() -> None:
     assert torch.equal(inferred, model.generate(ids, attention_mask=MASK, **call))
 
 
+@each_option
 @pytest.mark.parametrize("gates", GATES[:3], ids=["threshold", "taus", "sample"])
-def test_beam_search_with_the_cache_equals_without(gates: dict[str, Any]) -> None:
-    model = lively(**OPTIONS[1])
+def test_beam_search_with_the_cache_equals_without(
+    options: dict[str, Any], gates: dict[str, Any]
+) -> None:
+    model = lively(**options)
     with_cache = generate(model, num_beams=3, **gates)
     assert torch.equal(with_cache, generate(model, num_beams=3, use_cache=False, **gates))
     assert not torch.equal(with_cache, generate(model, **gates))

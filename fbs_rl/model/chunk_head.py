@@ -75,11 +75,11 @@ def segment(
     length = label_BT.shape[1]
     index_T = torch.arange(length, device=label_BT.device)
     valid = torch.ones_like(label_BT, dtype=torch.bool) if valid_BT is None else valid_BT
-    starts_BT = valid & ~F.pad(valid, (1, -1))
+    starts_BT = valid & (valid.long().cumsum(1) == 1)
     if document_BT is not None:
         starts_BT = starts_BT | (valid & (document_BT != F.pad(document_BT, (1, -1), value=-1)))
-    # A first token labelled I continues nothing: for what follows it counts as S.
-    anchor_BT = (label_BT != I_LABEL) | starts_BT
+    # A first token labelled I continues nothing: for what follows it counts as S. Padding is no anchor.
+    anchor_BT = valid & ((label_BT != I_LABEL) | starts_BT)
     last_anchor_BT = torch.where(anchor_BT, index_T, -1).cummax(dim=1).values.clamp_min(0)
     continues_BT = ~anchor_BT & (label_BT.gather(1, last_anchor_BT) == B_LABEL)
     opens_BT = valid & ~continues_BT
@@ -89,7 +89,7 @@ def segment(
     visible_BT = (F.pad(count_BT, (1, -1)) - 1).clamp_min(0)
     start_id_BT = torch.where(starts_BT, chunk_id_BT, 0)
     first_BT = start_id_BT.cummax(dim=1).values
-    chunks = int(count_BT.max()) if length else 0
+    chunks = max(1, int(count_BT.max())) if length else 0
     return Segmentation(
         opens_BT,
         chunk_id_BT,
@@ -110,7 +110,7 @@ def _close_weights(
         prob_BT = close_probability(boundary_logits_BT4)
         # The token that opens chunk j+1 closes chunk j; slot `chunks` collects what closes nothing.
         slot_BT = torch.where(opens_BT & (count_BT >= 2), count_BT - 2, chunks)
-        weight_BN = weight_BN.scatter(1, slot_BT, 1.0 + prob_BT - prob_BT.detach())
+        weight_BN = weight_BN.scatter(1, slot_BT, 1.0 + (prob_BT - prob_BT.detach()))
     return weight_BN[:, :chunks]
 
 

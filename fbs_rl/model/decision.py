@@ -25,6 +25,7 @@ class Decider:
     forced: frozenset[int]
     position_BT: Tensor
     gated_BT: Tensor
+    noise_LBT: Tensor | None = None
 
     @classmethod
     def of(
@@ -33,7 +34,15 @@ class Decider:
         gated_BT = position_BT >= request.decode_start_B.unsqueeze(1)
         if valid_BT is not None:
             gated_BT = gated_BT & valid_BT
-        return cls(config, request, config.forced_layers(request.never_skip), position_BT, gated_BT)
+        noise_LBT = None
+        if request.mode is GateMode.SAMPLE:
+            assert request.seed_B is not None
+            layer_L11 = torch.arange(config.layer_count, device=position_BT.device).view(-1, 1, 1)
+            # One decision a block: its members draw the leader's noise.
+            leader_L11 = layer_L11 - layer_L11 % config.gate_block
+            noise_LBT = gate_uniform(request.seed_B, position_BT, leader_L11)
+        forced = config.forced_layers(request.never_skip)
+        return cls(config, request, forced, position_BT, gated_BT, noise_LBT)
 
     @property
     def learns(self) -> bool:
@@ -56,12 +65,8 @@ class Decider:
             return None
         if mode is GateMode.THRESHOLD:
             return (prob_BT >= self.request.tau_B.unsqueeze(1)) & self.gated_BT
-        assert self.request.seed_B is not None
-        # One decision a block: its members draw the leader's noise.
-        leader = layer - layer % self.config.gate_block
-        return (
-            gate_uniform(self.request.seed_B, self.position_BT, leader) < prob_BT
-        ) & self.gated_BT
+        assert self.noise_LBT is not None
+        return (self.noise_LBT[layer] < prob_BT) & self.gated_BT
 
     def surrogate(self, logit_BT: Tensor, prob_BT: Tensor) -> Tensor:
         """The p whose gradient the straight-through estimator uses (SPEC 4.2, 4.7)."""

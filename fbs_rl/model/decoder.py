@@ -142,11 +142,12 @@ class FBSModel(FBSPreTrainedModel):
             )
         result = self._run_cached(tokens, decider, temperature, cache)
         cache.columns += length
-        following = position_BT[:, -1] + 1
+        following_B = (position_BT + 1 if valid_BT is None else (position_BT + 1) * valid_BT).amax(
+            1
+        )
+        # A row whose tokens were all padding stays where it was.
         cache.position_B = (
-            following
-            if valid_BT is None
-            else torch.where(valid_BT[:, -1], following, position_BT[:, -1])
+            following_B if cache.position_B is None else following_B.maximum(cache.position_B)
         )
         return result
 
@@ -223,17 +224,16 @@ def _columns(tokens: Tokens, start: int, stop: int) -> Tokens:
 
 def _narrow(decider: Decider, start: int, stop: int) -> Decider:
     part = slice(start, stop)
-    skip = decider.request.skip_LBT
-    request = (
-        decider.request
-        if skip is None
-        else dataclasses.replace(decider.request, skip_LBT=skip[:, :, part])
-    )
+    skip, noise = decider.request.skip_LBT, decider.noise_LBT
+    request = decider.request
+    if skip is not None:
+        request = dataclasses.replace(request, skip_LBT=skip[:, :, part])
     return dataclasses.replace(
         decider,
         request=request,
         position_BT=decider.position_BT[:, part],
         gated_BT=decider.gated_BT[:, part],
+        noise_LBT=None if noise is None else noise[:, :, part],
     )
 
 

@@ -166,6 +166,10 @@ class FBSCache:
             "use greedy, sampled or beam search"
         )
 
+    def activate_past_recording(self) -> None:
+        """What assisted generation asks of a cache before it starts: refused, as in `crop`."""
+        self.crop(0)
+
     def bytes(self) -> int:
         """Bytes held by existing keys and values, of all rows."""
         total = 0

@@ -103,9 +103,14 @@ class PreviewHead(nn.Module):
         """E_r [N, R]; recomputed with gradients when P trains, kept between calls otherwise."""
         return self._derive(embedding_Vd)[0]
 
+    def forget_derived(self) -> None:
+        """Drop the kept E_r. Needed after writes through `.data`, which leave no trace on a tensor."""
+        self._derived = None
+
     def _derive(self, embedding_Vd: Tensor) -> tuple[Tensor, Tensor]:
         """(E_r [N, R], mean over horizons of A_h [R, R])."""
         if torch.is_grad_enabled() and self.embed_proj.weight.requires_grad:
+            self.forget_derived()  # an optimiser step follows, and some write through .data, unseen by _version
             return self._compute(embedding_Vd)
         sources = (embedding_Vd, self.embed_proj.weight, self.horizon_maps, self.token_ids_N)
         # In-place updates bump _version, replaced tensors change data_ptr: either way the copy is remade.
@@ -231,7 +236,7 @@ class Paw(nn.Module):
         if not self.hard:
             return soft
         hard = ((margin_BTK > 0) | (horizon_K == 1)).float()
-        return hard + soft - soft.detach() if soft.requires_grad else hard
+        return hard + (soft - soft.detach()) if soft.requires_grad else hard
 
     def compress(self, expected_BTKE: Tensor, inclusion_BTK: Tensor) -> Tensor:
         """ṽ from the K expected embeddings (SPEC 2.5)."""

@@ -193,6 +193,6 @@ def _pass_layer(
     surrogate = skip.float()
     if prob is not None and walk.logit_BT is not None and decider.learns:
         surrogate = torch.where(decider.gated_BT, decider.surrogate(walk.logit_BT, prob), 0.0)
-    walk.soft.append(skip.float() + surrogate - surrogate.detach())
+    walk.soft.append(skip.float() + (surrogate - surrogate.detach()))
     walk.motion_BT2 = torch.where(skip.unsqueeze(-1), walk.motion_BT2, moved)
     return straight_through(surrogate, layer.skip_path(state, normed), executed, skip)

@@ -90,9 +90,10 @@ class SkipGate(nn.Module):
         return F.silu(F.linear(features, self.hidden.weight.float(), self.hidden.bias.float()))
 
 
-def gate_uniform(seed_B: Tensor, position_BT: Tensor, layer: int) -> Tensor:
+def gate_uniform(seed_B: Tensor, position_BT: Tensor, layer: int | Tensor) -> Tensor:
     """Uniform numbers [B, T] in [0, 1), a pure function of (seed, position, layer).
 
+    layer: an index, or a tensor of them that broadcasts ([L, 1, 1] gives [L, B, T]).
     float32 multiples of 2^-24, so every engine and device gets the same bits. The mixing is a chain of
     the 32-bit finaliser of MurmurHash3 (A. Appleby, public domain), written in 64-bit integers.
     """

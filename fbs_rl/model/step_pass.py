@@ -31,9 +31,8 @@ class _Step:
     """What travels from layer to layer of one step."""
 
     motion_B12: Tensor
-    gates_act: (
-        bool  # a dense step is the baseline that skipping is compared with: it computes no gate
-    )
+    none_B1: Tensor  # z of a layer that nobody can skip
+    gates_act: bool  # a dense step, the baseline of every comparison, computes no gate
     shortlist: Shortlist | None = None
     glance: Glance | None = None
     closes_B: Tensor | None = None
@@ -49,7 +48,8 @@ def run_step(
     state = tokens.state_BTd
     batch = state.shape[0]
     gates_act = decider.request.mode in (GateMode.THRESHOLD, GateMode.SAMPLE)
-    step = _Step(Motion.still(batch, 1, state.device), gates_act)
+    none_B1 = torch.zeros_like(decider.gated_BT)
+    step = _Step(Motion.still(batch, 1, state.device), none_B1, gates_act)
     taps = PassTaps(gated_BT=decider.gated_BT, valid_BT=tokens.valid_BT)
     for layer in model.fbs_layers():
         normed = unit_norm(state, model.config.rms_norm_eps)
@@ -107,10 +107,9 @@ def _decide(layer: FBSLayer, normed: Tensor, decider: Decider, step: _Step) -> T
             None if gate is None else torch.sigmoid(gate(normed, step.motion_B12, step.glance))
         )
     skip_B1 = decider.skip(layer.index, step.prob_B1)
-    visible = step.prob_B1 is not None and layer.index not in decider.forced
-    none = torch.zeros_like(decider.gated_BT)
-    step.prob.append(step.prob_B1 if visible and step.prob_B1 is not None else none.float())
-    step.skip.append(none if skip_B1 is None else skip_B1)
+    prob_B1 = None if layer.index in decider.forced else step.prob_B1
+    step.prob.append(step.none_B1.float() if prob_B1 is None else prob_B1)
+    step.skip.append(step.none_B1 if skip_B1 is None else skip_B1)
     return None if skip_B1 is None else skip_B1[:, 0]
 
 
@@ -235,13 +234,15 @@ def _read_chunks(
         empty = normed.new_zeros(normed.shape[0], 0, width)
         nothing = torch.zeros(normed.shape[0], 1, 0, dtype=torch.long, device=normed.device)
         return reader.attend(normed, empty, empty, nothing, nothing.bool())
-    used = min(int(chunks.closed_B.max()), reader.cap)
+    counts = chunks.closed_B.tolist()
+    used = min(max(counts), reader.cap)
     slot_C = torch.arange(used, device=normed.device)
     distance_B1C = (closed_B1 - 1 - slot_C) % reader.cap
     written_B1C = slot_C < closed_B1
-    keep = written_B1C.transpose(1, 2)
-    key = torch.where(keep, _rows(ring.key_BCW[:, :used], rows), 0.0)
-    value = torch.where(keep, _rows(ring.value_BCW[:, :used], rows), 0.0)
+    key, value = _rows(ring.key_BCW[:, :used], rows), _rows(ring.value_BCW[:, :used], rows)
+    if min(counts) < used:  # slots that a row has not written hold anything
+        keep_BC1 = written_B1C.transpose(1, 2)
+        key, value = torch.where(keep_BC1, key, 0.0), torch.where(keep_BC1, value, 0.0)
     return reader.attend(normed, key, value, distance_B1C, written_B1C)
 
 
