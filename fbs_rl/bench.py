@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+import yaml
 from torch import Tensor
 
 from fbs_rl.model.backbone import SMOLLM2, ModelSource, load_backbone
@@ -45,10 +46,10 @@ Step = Callable[[], float]
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    if not 0 <= arguments.skip < 1:
-        print(
-            f"bench: --skip is {arguments.skip}; give a share of layers in [0, 1)", file=sys.stderr
-        )
+    try:
+        _check(arguments)
+    except (ValueError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     dtype = getattr(torch, arguments.dtype)
@@ -68,12 +69,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError or OSError, in one sentence, for settings that cannot be measured."""
+    if not 0 <= arguments.skip < 1:
+        raise ValueError(f"--skip is {arguments.skip}; give a share of layers in [0, 1)")
+    for preset in arguments.presets.split(","):
+        FBSConfig.preset(preset, **_overrides(arguments.set))
+    if not all(b.isdigit() and int(b) > 0 for b in arguments.batches.split(",")):
+        raise ValueError(f"--batches is {arguments.batches}; give batch sizes, as in 1,8")
+    if arguments.steps < 2 or arguments.prompt_tokens < 1:
+        raise ValueError("--steps must be at least 2 and --prompt-tokens at least 1")
+    ModelSource.parse(arguments.model)
+
+
 def measure(
     name: str, preset: str, batch: int, arguments: argparse.Namespace, dtype: torch.dtype
 ) -> list[Row]:
     """Rows of one preset and batch size, the dense FBS model first."""
     backbone = load_backbone(ModelSource.parse(name), dtype)
-    model = FBSForCausalLM.from_backbone(backbone, FBSConfig.preset(preset))
+    model = FBSForCausalLM.from_backbone(
+        backbone, FBSConfig.preset(preset, **_overrides(arguments.set))
+    )
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(
         0, model.config.vocab_size, (batch, arguments.prompt_tokens), generator=generator
@@ -122,6 +138,11 @@ def hold_probability(model: FBSForCausalLM, share: float) -> None:
                 layer.skip_gate.out.bias.fill_(float(torch.logit(prob)))
 
 
+def _overrides(words: list[str]) -> dict:
+    """FBSConfig options from OPTION=VALUE words, values as YAML reads them."""
+    return {word.partition("=")[0]: yaml.safe_load(word.partition("=")[2]) for word in words}
+
+
 def _fbs_step(model: FBSForCausalLM, prompt: Tensor, token: Tensor, gates: dict) -> Step:
     cache = FBSCache(model.config.layer_count)
     model(prompt, past_key_values=cache, logits_to_keep=1, **gates)
@@ -165,7 +186,7 @@ def table(rows: list[Row], arguments: argparse.Namespace) -> str:
     """The rows as Markdown."""
     lines = [
         f"{arguments.model}, {arguments.dtype}, prompt {arguments.prompt_tokens}, "
-        f"{arguments.steps} steps each, interleaved; {_host()}",
+        f"{arguments.steps} steps each, interleaved{_said(arguments.set)}; {_host()}",
         "",
         "| preset | batch | variant | layers skipped | ms/step p50 | p95 | tokens/s | dense / this |",
         "|---|---|---|---|---|---|---|---|",
@@ -176,6 +197,10 @@ def table(rows: list[Row], arguments: argparse.Namespace) -> str:
         for r in rows
     ]
     return "\n".join(lines)
+
+
+def _said(words: list[str]) -> str:
+    return f", {' '.join(words)}" if words else ""
 
 
 def _host() -> str:
@@ -190,6 +215,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--presets", default="default,paper", help=f"of {', '.join(sorted(PRESETS))}"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="OPTION=VALUE",
+        nargs="*",
+        default=[],
+        help="FBSConfig options over the preset",
     )
     parser.add_argument("--batches", default="1,8")
     parser.add_argument(

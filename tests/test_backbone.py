@@ -319,7 +319,11 @@ class Real:
 def real() -> Real:
     source = ModelSource.parse("smollm2-135m")
     plain = load_backbone(source, torch.float32)
-    model = FBSForCausalLM.from_backbone(copy.deepcopy(plain))
+    model: Any = FBSForCausalLM.from_backbone(copy.deepcopy(plain))
+    with torch.no_grad():
+        for layer in model.model.layers:  # gates as they come hardly differ between tokens
+            if layer.skip_gate is not None:
+                layer.skip_gate.out.weight.mul_(10)
     tokenizer = AutoTokenizer.from_pretrained(source.name, gguf_file=source.gguf_file)
     texts = {lang: load_sample(lang, "heldout")[0].text[:200] for lang in ("en", "zh")}
     ids = {lang: tokenizer(text, return_tensors="pt").input_ids for lang, text in texts.items()}
@@ -351,14 +355,19 @@ def test_real_steps_decide_as_the_parallel_pass(real: Real, lang: str) -> None:
     with torch.no_grad():
         prob = real.model(ids, gates="dense").gate_prob[:, 0, prompt:]
     free = [i for i in range(len(prob)) if i not in real.model.config.protected_layers]
-    gates = {"gates": "threshold", "tau": prob[free].median().item()}
+    # In the widest gap of the middle fifth, so that few decisions are close.
+    middle = (
+        prob[free].flatten().sort().values[2 * prob[free].numel() // 5 :][: prob[free].numel() // 5]
+    )
+    place = middle.diff().argmax()
+    gates = {"gates": "threshold", "tau": middle[place : place + 2].mean().item()}
     with torch.no_grad():
         wanted = real.model(ids, decode_start=prompt, **gates)
         margin = (wanted.gate_prob[free][:, :, prompt:] - gates["tau"]).abs().min()
     found = stepwise(real.model, ids, torch.ones_like(ids), prompt, **gates)
     assert 0.05 < wanted.skip[:, :, prompt:].float().mean() < 0.95
-    assert margin > 1e-7  # no decision hangs on the last bits
-    assert_same(found, wanted, tolerance=1e-4)
+    assert margin > 1e-5  # no decision hangs on the last bits
+    assert_same(found, wanted, tolerance=1e-3)  # logits reach 30
 
 
 @pytest.mark.real_weights
