@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,12 @@ from fbs_rl.model.modeling import FBSForCausalLM
 
 GATES_FORMAT = 1
 _TENSORS, _DESCRIPTION = "gates.safetensors", "gates.json"
+_SETTINGS = ("gates", "tau", "gates_origin")  # what a gates artefact sets; other options must agree
+_DESCRIBED = {
+    "": {"format", "backbone", "options", "digest"},
+    "backbone": {"family", "config_digest", "weights_fingerprint", "layers", "hidden_size"},
+    "options": set(_SETTINGS),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +91,21 @@ def load_model(
 
 def _read_folder(source: ModelSource, dtype: torch.dtype | str) -> FBSForCausalLM:
     try:
-        return FBSForCausalLM.from_pretrained(source.name, dtype=dtype).eval()
+        read: Any = FBSForCausalLM.from_pretrained(
+            source.name, dtype=dtype, output_loading_info=True
+        )
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise OSError(
             f"{source.name}: its weights could not be read ({reason}); copy the folder again"
         ) from error
+    model, report = read
+    if report["missing_keys"]:
+        raise OSError(
+            f"{source.name}: its weights lack {len(report['missing_keys'])} tensors, "
+            f"{min(report['missing_keys'])} first; copy the folder again"
+        )
+    return model.eval()
 
 
 def load_tokenizer(source: ModelSource, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -164,6 +180,7 @@ def save_gates(model: FBSForCausalLM, folder: str | Path) -> Path:
         "parameters": sum(t.numel() for t in tensors.values()),
     }
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted save left
     partial.mkdir(parents=True)
     save_file(tensors, partial / _TENSORS)
     (partial / _DESCRIPTION).write_text(
@@ -181,13 +198,22 @@ def read_gates_description(folder: str | Path) -> dict[str, Any]:
             f"{folder} is no gates folder: it needs {_DESCRIPTION} and {_TENSORS}"
         )
     try:
-        description = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path} is damaged ({error}); copy the gates folder again") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{path} is damaged (no JSON object); copy the gates folder again")
     if description.get("format") != GATES_FORMAT:
         raise ValueError(
             f"{folder} has gates format {description.get('format')}; this version reads {GATES_FORMAT}"
         )
+    for part, wanted in _DESCRIBED.items():
+        found = description.get(part) if part else description
+        missing = wanted - found.keys() if isinstance(found, dict) else wanted
+        if missing:
+            raise ValueError(
+                f"{path} is damaged (it lacks {min(missing)}); copy the gates folder again"
+            )
     return description
 
 
@@ -216,6 +242,12 @@ def apply_gates(model: FBSForCausalLM, folder: str | Path) -> None:
     """
     description = read_gates_description(folder)
     check_same_backbone(description, model.config, folder, "this model")
+    other = sorted(_differing_options(description["options"], model.config))
+    if other:
+        raise ValueError(
+            f"the gates in {folder} were made with other options than this model has ({', '.join(other)}); "
+            f"make the model with the gates' own options, as load_model does"
+        )
     if (
         weights_fingerprint(backbone_tensors(model))
         != description["backbone"]["weights_fingerprint"]
@@ -247,5 +279,16 @@ def apply_gates(model: FBSForCausalLM, folder: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             mine[name].copy_(tensor)
-    for name in ("gates", "tau", "gates_origin"):
+    for name in _SETTINGS:
         setattr(model.config, name, description["options"][name])
+
+
+def _differing_options(options: dict[str, Any], config: FBSConfig) -> set[str]:
+    """Options that change what the same tensors compute, and that the two do not share."""
+    mine = json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k in OPTION_NAMES}))
+    ignored = {name for name in OPTION_NAMES if name.startswith("loss_")} | set(_SETTINGS)
+    return {
+        n
+        for n in mine.keys() | options.keys()
+        if n not in ignored and mine.get(n) != options.get(n)
+    }

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -55,11 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=False, highlight=False)
     try:
         ratios = _ratios(options.ratios)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "--device is cuda, but torch finds no CUDA device here; use --device cpu"
+            )
         run = RunFolder.plan("quickstart", options.out)
         console.print(f"Reading {options.model} ...")
         loaded = load_model(
             options.model, fbs=FBSConfig.preset(options.preset), dtype=torch.float32
         )
+        model: Any = loaded.model
+        model.to(options.device)
         texts = read_texts(loaded, options.sequences, options.length)
     except (ValueError, OSError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
@@ -214,9 +221,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", default="default", help="default or paper")
     parser.add_argument("--ratios", default="0.1,0.2,0.36", help="shares of layers to skip")
     parser.add_argument(
-        "--sequences", type=int, default=8, help="windows to fit on, half of each language"
+        "--sequences", type=int, default=6, help="windows to fit on, half of each language"
     )
-    parser.add_argument("--length", type=int, default=160, help="tokens a window")
+    parser.add_argument("--length", type=int, default=144, help="tokens a window")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", help="run folder (default runs/quickstart-<time>)")
     return parser
 

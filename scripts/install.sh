@@ -19,8 +19,13 @@ command -v "$PYTHON" >/dev/null ||
 "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null ||
   fail "'$PYTHON' has no venv module; install it (Debian and Ubuntu: apt install python3-venv)."
 # pkuseg is published as C++ source only; without this check its build ends in a page of setuptools output.
-command -v "${CXX:-g++}" >/dev/null || command -v clang++ >/dev/null ||
-  fail "no C++ compiler was found, and pkuseg is built from source; install one (Debian and Ubuntu: apt install g++) or name it with CXX."
+compilers=${CXX:-g++ clang++}
+found=
+for compiler in $compilers; do
+  if command -v "$compiler" >/dev/null; then found=$compiler; fi
+done
+[ -n "$found" ] ||
+  fail "no C++ compiler was found ($compilers), and pkuseg is built from source; install one (Debian and Ubuntu: apt install g++) or name it with CXX."
 "$PYTHON" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
   fail "'$PYTHON' has no C headers (Python.h), and pkuseg is built from source; install them (Debian and Ubuntu: apt install python3-dev)."
 

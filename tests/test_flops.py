@@ -81,6 +81,13 @@ class Recording:
     flops_T: list[int]
 
 
+def rotary_flops(decoder: Any, ids_B1: Tensor) -> int:
+    """What a step's rotary positions cost: some versions of transformers make the angles by a product."""
+    with FlopCounterMode(display=False) as counter:
+        decoder.rotary_emb(decoder.embed_tokens(ids_B1), torch.zeros_like(ids_B1))
+    return counter.get_total_flops()
+
+
 @torch.no_grad()
 def decode(model: FBSForCausalLM, ids_BT: Tensor, prompt: int, **gates: Any) -> Recording:
     """Feed ids_BT behind a prompt, one token a call, under torch's counter."""
@@ -94,7 +101,7 @@ def decode(model: FBSForCausalLM, ids_BT: Tensor, prompt: int, **gates: Any) -> 
         closed.append(before.closed_B if before else torch.zeros(len(ids_BT), dtype=torch.long))
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             out = model(ids_BT[:, t : t + 1], past_key_values=cache, decode_start=prompt, **gates)
-        counted.append(counter.get_total_flops())
+        counted.append(counter.get_total_flops() - rotary_flops(model.model, ids_BT[:, :1]))
         skips.append(out.skip)
         if cache.chunks is None:
             opens.append(torch.zeros(len(ids_BT), dtype=torch.bool))
@@ -188,7 +195,7 @@ def test_the_plain_backbone_costs_what_transformers_runs(family: str) -> None:
         for t in range(9, 13):
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 plain(ids[:, t : t + 1], past_key_values=cache)
-            counted.append(counter.get_total_flops())
+            counted.append(counter.get_total_flops() - rotary_flops(plain.model, ids[:, :1]))
     skip_LBT = torch.zeros(LAYERS, 1, 4, dtype=torch.bool)
     config = FBSConfig(**SMALL).bound_to(plain.config)
     cost = count_trace(config, skip_LBT, torch.tensor([9]), gates_on=False)

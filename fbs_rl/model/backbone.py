@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -94,11 +95,14 @@ class ModelSource:
     @classmethod
     def parse_tokenizer(cls, name: str) -> ModelSource:
         """As `parse`, but a folder need not hold a model."""
-        return cls(name) if Path(name).expanduser().is_dir() else cls.parse(name)
+        path = Path(name).expanduser()
+        return cls(str(path)) if path.is_dir() else cls.parse(name)
 
     def read_config(self) -> PreTrainedConfig:
         """The model's configuration; OSError with one sentence if neither disk nor hub has it."""
-        return copy.deepcopy(_read_config(self))
+        if self.gguf_file is None:
+            return _read_config(self)
+        return copy.deepcopy(_read_gguf_config(self))
 
     @property
     def label(self) -> str:
@@ -106,7 +110,11 @@ class ModelSource:
         return self.name if self.gguf_file is None else f"{self.name}/{self.gguf_file}"
 
 
-@functools.lru_cache(maxsize=8)  # reading a GGUF header takes seconds
+@functools.lru_cache(maxsize=8)  # reading a GGUF header takes seconds; such files are not rewritten
+def _read_gguf_config(source: ModelSource) -> PreTrainedConfig:
+    return _read_config(source)
+
+
 def _read_config(source: ModelSource) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source.name, gguf_file=source.gguf_file)
@@ -155,7 +163,7 @@ def load_backbone(source: ModelSource, dtype: torch.dtype | str = "auto") -> Pre
         model = AutoModelForCausalLM.from_pretrained(
             source.name, gguf_file=source.gguf_file, dtype=dtype, config=config
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(
             f"{source.label}: its weights could not be read ({_first_line(error)})"
         ) from error

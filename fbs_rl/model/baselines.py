@@ -16,9 +16,12 @@ def random_skip(
     config: FBSConfig, sequences_NT: Tensor, decode_start: int, skip_ratio: float, seed: int = 0
 ) -> Tensor:
     """[L, N, T] bool: every layer that may skip does so with one probability, giving `skip_ratio` over all layers."""
-    prob = skip_ratio * config.layer_count / (config.layer_count - len(config.protected_layers))
-    if not 0 <= prob <= 1:
-        raise ValueError(f"a skip ratio of {skip_ratio} is more than the layers that may skip")
+    free = config.layer_count - len(config.protected_layers)
+    if not 0 <= skip_ratio * config.layer_count <= free:
+        raise ValueError(
+            f"a skip ratio of {skip_ratio} was asked for, but {free} of {config.layer_count} layers may skip"
+        )
+    prob = skip_ratio * config.layer_count / max(free, 1)
     count, length = sequences_NT.shape
     position_NT = torch.arange(length).expand(count, -1)
     seed_N = torch.arange(count) + (seed << 20)

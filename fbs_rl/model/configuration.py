@@ -266,6 +266,11 @@ class FBSConfig(PreTrainedConfig):
         for name in ("tau", "chunk_close_rate", "loss_skip_target", "paw_window_mean_frac"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        if self.paw_window_mean_frac in (0.0, 1.0):
+            raise ValueError(
+                f"paw_window_mean_frac is {self.paw_window_mean_frac}; the window is K times a sigmoid, "
+                f"so it must lie inside (0, 1)"
+            )
         if self.paw_fixed_window > self.paw_horizon:
             raise ValueError(
                 f"paw_fixed_window is {self.paw_fixed_window}, above paw_horizon {self.paw_horizon}"
@@ -284,7 +289,7 @@ class FBSConfig(PreTrainedConfig):
             )
         if isinstance(self.paw_layers, str) and self.paw_layers != "all":
             step = self.paw_layers.removeprefix("every:")
-            if not step.isdigit() or int(step) < 1:
+            if step == self.paw_layers or not step.isdigit() or int(step) < 1:
                 raise ValueError(
                     f'paw_layers is {self.paw_layers!r}; give "all", "every:N" or a list of layers'
                 )

@@ -68,7 +68,9 @@ def fit_gates(
     ]
     spread = log_harm_LNT[free].flatten()
     centre = spread.median()
-    scale = 0.6 * model.config.gate_logit_clip / (spread - centre).abs().quantile(0.95)
+    scale = (
+        0.6 * model.config.gate_logit_clip / (spread - centre).abs().quantile(0.95).clamp_min(1e-3)
+    )
     scores = []
     for leader in leaders:
         members = [m for m in free if leader <= m < leader + model.config.gate_block]

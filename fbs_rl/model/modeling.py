@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fbs_rl.model.backbone import ModelSource, load_backbone
+from fbs_rl.model.backbone import ModelSource, check_family, load_backbone
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.decoder import NEW_MODULES, FBSModel, FBSPreTrainedModel
 from fbs_rl.model.kv_cache import FBSCache
@@ -55,6 +55,7 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
             if isinstance(name, PreTrainedModel)
             else load_backbone(ModelSource.parse(name, gguf_file), dtype)
         )
+        check_family(backbone.config, type(backbone).__name__)
         options = FBSConfig.preset(fbs) if isinstance(fbs, str) else (fbs or FBSConfig())
         config = options.bound_to(backbone.config)
         config._attn_implementation = backbone.config._attn_implementation
