@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 "--device is cuda, but torch finds no CUDA device here; use --device cpu"
             )
+        _check_sizes(options.sequences, options.length)
+        FBSConfig.preset(options.preset)
         run = RunFolder.plan("quickstart", options.out)
         console.print(f"Reading {options.model} ...")
         loaded = load_model(
@@ -95,12 +97,16 @@ def _ratios(text: str) -> list[float]:
     return ratios
 
 
-def read_texts(loaded: LoadedModel, sequences: int, length: int) -> Texts:
-    """Windows of the shipped samples, half of each language; gates act after the first third."""
+def _check_sizes(sequences: int, length: int) -> None:
     if sequences < 2 or sequences % 2 or length < 48:
         raise ValueError(
-            f"{sequences} sequences of {length} tokens were asked for; take an even number, of at least 48 tokens each"
+            f"{sequences} sequences of {length} tokens were asked for; "
+            f"take an even number, of at least 48 tokens each"
         )
+
+
+def read_texts(loaded: LoadedModel, sequences: int, length: int) -> Texts:
+    """Windows of the shipped samples, half of each language; gates act after the first third."""
 
     def windows(language: str, split: str, count: int) -> Tensor:
         texts = [document.text for document in load_sample(language, split)]

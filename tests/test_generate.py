@@ -56,7 +56,7 @@ def tiny_backbone(vocab_size: int, hidden: int = 32, seed: int = 0) -> LlamaForC
 
 def tiny_fbs(vocab_size: int, hidden: int = 32, seed: int = 0, **options: Any) -> FBSForCausalLM:
     """Its gates differ between tokens and layers, around a probability of 0.5."""
-    options = {**SMALL, "tau": 0.5, **options}
+    options = {**SMALL, "tau": 0.5, "gates_origin": "trained", **options}
     model = FBSForCausalLM.from_backbone(
         tiny_backbone(vocab_size, hidden, seed), FBSConfig(**options)
     )

@@ -19,7 +19,8 @@ def random_skip(
     free = config.layer_count - len(config.protected_layers)
     if not 0 <= skip_ratio * config.layer_count <= free:
         raise ValueError(
-            f"a skip ratio of {skip_ratio} was asked for, but {free} of {config.layer_count} layers may skip"
+            f"a skip ratio of {skip_ratio} is more than the layers that may skip "
+            f"({free} of {config.layer_count}), or below 0"
         )
     prob = skip_ratio * config.layer_count / max(free, 1)
     count, length = sequences_NT.shape
