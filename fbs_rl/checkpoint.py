@@ -25,6 +25,7 @@ from fbs_rl.model.backbone import ModelSource, check_family, config_digest, weig
 from fbs_rl.model.configuration import OPTION_NAMES, FBSConfig
 from fbs_rl.model.decoder import NEW_MODULES
 from fbs_rl.model.modeling import FBSForCausalLM
+from fbs_rl.model.segment_position import token_kinds
 
 GATES_FORMAT = 1
 _TENSORS, _DESCRIPTION = "gates.safetensors", "gates.json"
@@ -84,6 +85,9 @@ def load_model(
         model = _read_folder(source, dtype)
     else:
         model = FBSForCausalLM.from_backbone(source.name, fbs, source.gguf_file, dtype)
+        if model.model.segment_position is not None:
+            kinds_V = token_kinds(read_tokenizer, config.vocab_size)
+            model.model.segment_position.kind_V.copy_(kinds_V)
     if gates is not None:
         apply_gates(model, gates)
     return LoadedModel(model, read_tokenizer)

@@ -20,6 +20,7 @@ from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.decoder import NEW_MODULES, FBSModel, FBSPreTrainedModel
 from fbs_rl.model.kv_cache import FBSCache
 from fbs_rl.model.objective import Supervision, compute_losses
+from fbs_rl.model.sequence_pass import PassResult
 from fbs_rl.types import ChunkLabels, FBSOutput, GateMode, GateRequest, as_row_vector
 
 
@@ -182,19 +183,7 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
                 input_ids, labels, request.mode, target, document_ids, chunk_labels, dense_logits, loss_seed
             )  # fmt: skip
             loss, parts = compute_losses(self.model, result, logits, supervision)
-        taps = result.taps
-        return FBSOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=cache,
-            hidden_states=(*taps.states, hidden) if output_hidden_states and taps.states else None,
-            gate_prob=result.prob_LBT,
-            skip=result.skip_LBT,
-            lookahead=torch.stack([p.window_BT for p in taps.previews]) if taps.previews else None,
-            boundary_logits=taps.chunks.boundary_logits_BT4 if taps.chunks else None,
-            loss_parts=parts,
-            taps=taps if cache is None else None,
-        )
+        return _output(result, logits, hidden, cache, loss, parts, bool(output_hidden_states))
 
     def _request(
         self, source: Tensor, attention_mask: Tensor | None, cache: FBSCache | None, gates: GateMode | str | None,
@@ -274,6 +263,25 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
+
+
+def _output(
+    result: PassResult, logits: Tensor, hidden: Tensor, cache: FBSCache | None, loss: Tensor | None,
+    parts: dict[str, Tensor] | None, with_states: bool,
+) -> FBSOutput:  # fmt: skip
+    taps = result.taps
+    return FBSOutput(
+        loss=loss,
+        logits=logits,
+        past_key_values=cache,
+        hidden_states=(*taps.states, hidden) if with_states and taps.states else None,
+        gate_prob=result.prob_LBT,
+        skip=result.skip_LBT,
+        lookahead=torch.stack([p.window_BT for p in taps.previews]) if taps.previews else None,
+        boundary_logits=taps.chunks.boundary_logits_BT4 if taps.chunks else None,
+        loss_parts=parts,
+        taps=taps if cache is None else None,
+    )
 
 
 AutoConfig.register(FBSConfig.model_type, FBSConfig, exist_ok=True)
