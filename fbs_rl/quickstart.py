@@ -78,12 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     order = fit(loaded.model, texts, console)
     comparison = compare(loaded.model, texts, ratios, order, console)
     _save(run, loaded, comparison, ratios, time.monotonic() - started)
-    console.print(_table(comparison, ratios))
+    console.print(_table(comparison))
     console.print(
         f"Perplexity on {texts.decode_start}..{options.length} of held-out windows; in brackets the share of layers "
         f"skipped. Fitted on {texts.fit_NT.numel()} tokens, not trained: training is what makes skipping cheap.\n"
         f"Saved to {run.path}. Now see it skip:\n"
-        f'  python -m fbs_rl.generate {run.path}/final --prompt "Why is the sky blue?" --compare-dense'
+        f'  python -m fbs_rl.generate {run.path}/final --prompt "Why is the sky blue?" --compare-dense',
+        soft_wrap=True,
     )
     return 0
 
@@ -159,7 +160,7 @@ def compare(
 
     measure("dense", 0.0, lambda _: {"gates": "dense"})
     for ratio in track(ratios, "Calibrating and measuring", console=console, transient=True):
-        tau = calibrate_tau(model, texts.fit_NT, start, ratio, steps=7)
+        tau = round(calibrate_tau(model, texts.fit_NT, start, ratio, steps=7), 4)
         comparison.taus[ratio] = tau
         dropped = order[: round(ratio * config.layer_count)]
         measure("fitted gates", ratio, lambda _, tau=tau: {"gates": "threshold", "tau": tau})
@@ -201,21 +202,20 @@ def _save(
     )
 
 
-def _table(comparison: Comparison, ratios: list[float]) -> Table:
+def _table(comparison: Comparison) -> Table:
+    """Perplexity, and in brackets the share of layers skipped; one block a ratio, narrow enough for 80 columns."""
     table = Table(title="Perplexity against skip ratio")
-    for heading in ("", *(f"{name}, asked {r:.0%}" for r in ratios for name in LANGUAGES.values())):
-        table.add_column(heading, justify="right" if heading else "left")
-    dense = comparison.rows["dense", 0.0]
-    table.add_row(
-        "dense", *(f"{dense[language].perplexity:.1f}" for _ in ratios for language in LANGUAGES)
-    )
-    for variant in ("fitted gates", "fixed layers dropped", "random gates"):
-        cells = []
-        for ratio in ratios:
-            for language in LANGUAGES:
-                quality = comparison.rows[variant, ratio][language]
-                cells.append(f"{quality.perplexity:.1f} ({quality.skip_ratio:.0%})")
-        table.add_row(variant, *cells)
+    for heading in ("layers to skip", "variant", *LANGUAGES.values()):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    last = 0.0
+    for (variant, ratio), by_language in sorted(comparison.rows.items(), key=lambda row: row[0][1]):
+        if ratio != last:
+            table.add_section()
+        cells = [f"{q.perplexity:.1f} ({q.skip_ratio:.0%})" for q in by_language.values()]
+        table.add_row(
+            f"{ratio:.0%}" if ratio != last or variant == "dense" else "", variant, *cells
+        )
+        last = ratio
     return table
 
 
