@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -110,6 +110,47 @@ def _read_folder(source: ModelSource, dtype: torch.dtype | str) -> FBSForCausalL
             f"{min(report['missing_keys'])} first; copy the folder again"
         )
     return model.eval()
+
+
+def export_model(
+    model: FBSForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    tau: float | None = None,
+) -> None:
+    """Write a Hugging Face folder of `model`, whole or not at all, and check that it holds every tensor.
+
+    tau: the threshold at which it skips when a call does not say; None: such a call skips nothing.
+    Replaces a folder of that name. Raises OSError if what was written lacks a tensor.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    settings = (model.config.gates, model.config.tau)
+    if tau is not None:
+        model.config.gates, model.config.tau = "threshold", tau
+    try:
+        model.save_pretrained(partial)
+    finally:
+        model.config.gates, model.config.tau = settings
+    tokenizer.save_pretrained(partial)
+    written: set[str] = set()
+    for file in partial.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            written |= set(tensors.keys())
+    wanted = set(model.state_dict())
+    if model.config.tie_word_embeddings:
+        wanted.discard("lm_head.weight")
+    if wanted != written:
+        odd = sorted(wanted ^ written)
+        raise OSError(
+            f"{folder}: {len(odd)} tensors are missing or not the model's, {odd[0]} first"
+        )
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_tokenizer(source: ModelSource, vocab_size: int) -> PreTrainedTokenizerBase:

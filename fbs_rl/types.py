@@ -65,11 +65,14 @@ class ChunkLabels:
     coverage_B: share of the Chinese-aligned spans of a sequence that a retained chunk touches, in
         [0, 1]; NaN for a sequence without Chinese.
     force_cross_entropy: no CTC yet. A fresh four-class head is unsure everywhere and would never leave CTC.
+    class_weights_C: weight of each BIOS class in the cross entropy; None: inverse frequency in this batch,
+        which makes the loss depend on how a step is cut into batches.
     """
 
     labels_BT: Tensor
     coverage_B: Tensor
     force_cross_entropy: bool = False
+    class_weights_C: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.labels_BT.ndim != 2 or self.coverage_B.shape != self.labels_BT.shape[:1]:
@@ -110,6 +113,66 @@ class ChunkTap:
     summaries: dict[int, Tensor] = field(default_factory=dict)
 
 
+@dataclass(slots=True, frozen=True)
+class DenseReference:
+    """The distribution that distillation pulls towards, as what it is computed from (logits would be [B, T, V]).
+
+    state_BTd: the reference model's final normed states. head_Vd: its output embedding.
+    """
+
+    state_BTd: Tensor
+    head_Vd: Tensor
+
+
+@dataclass(slots=True, frozen=True)
+class LossCounts:
+    """Over how many items each loss is a mean. All of them follow from the data, none from the model.
+
+    lm: labelled next tokens. preview: tokens whose preview is scored. window: those of them with all
+    horizons known. gated: tokens at which gates may act. rows: sequences.
+    """
+
+    lm: float
+    preview: float
+    window: float
+    gated: float
+    rows: float
+
+
+@dataclass(slots=True, frozen=True)
+class LossScope:
+    """The optimizer step that a call is a part of, so that losses do not depend on how the step is cut.
+
+    counts: of the whole step, over all its calls and ranks. Each loss part of a call is then its share:
+    the parts of all calls add up to the step's. rate_L and window_P: mean skip rate per layer and mean
+    window per PAW layer of the step before, at which the two penalties that are squares of a mean over
+    the whole step are linearised (None: they act from the next step on). preview_scale: factor on the
+    weight of L_preview, which training warms up.
+    """
+
+    counts: LossCounts
+    rate_L: Tensor | None = None
+    window_P: Tensor | None = None
+    preview_scale: float = 1.0
+
+
+@dataclass(slots=True)
+class LossReport:
+    """What the objective found in one call.
+
+    total: weighted sum. parts: by name, unweighted. rate_sum_L: Σ over gated tokens of what stands for
+    the skip rate. entropy_sum: Σ over layers and gated tokens, nats. window_sum_P: Σ of ŵ over the
+    scored tokens with all horizons known. The sums are detached.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    counts: LossCounts
+    rate_sum_L: Tensor | None = None
+    entropy_sum: Tensor | None = None
+    window_sum_P: Tensor | None = None
+
+
 @dataclass(slots=True)
 class PassTaps:
     """Intermediate quantities of a parallel pass that the objective reads."""
@@ -130,6 +193,7 @@ class FBSOutput(ModelOutput):
     loss: weighted sum of `loss_parts` (only with labels). logits [B, T, V]. gate_prob [L, B, T]:
     probability that the layer is skipped, 0 where no gate acts. skip [L, B, T] bool: what was
     executed. lookahead [P, B, T]: ŵ at each of the P PAW layers. boundary_logits [B, T, 4].
+    loss_report: the parts with the sums behind them, for a step made of several calls.
     """
 
     loss: Tensor | None = None
@@ -141,6 +205,7 @@ class FBSOutput(ModelOutput):
     lookahead: Tensor | None = None
     boundary_logits: Tensor | None = None
     loss_parts: dict[str, Tensor] | None = None
+    loss_report: LossReport | None = None
     taps: PassTaps | None = None
 
 

@@ -28,7 +28,8 @@ OTHER: dict[str, Any] = {
     "gate_residual_width": 9, "gate_preview_width": 10, "gate_hidden": 11, "gate_block": 2, "gate_logit_clip": 3.0,
     "gate_bias_init": -1.0, "segment_position": True, "segment_max_sentences": 12, "segment_max_paragraphs": 13,
     "segment_max_tokens": 14, "loss_preview": 0.1, "loss_chunk": 0.2, "loss_consistency": 0.3, "loss_window": 0.4,
-    "loss_gate": 0.6, "loss_distill": 0.7, "loss_preview_taps": 3, "loss_window_nats": 2.0, "loss_skip_target": 0.2,
+    "loss_gate": 0.6, "loss_distill": 0.7, "loss_preview_taps": 3,
+    "loss_preview_every": 5, "loss_gate_entropy": 0.02, "loss_window_nats": 2.0, "loss_skip_target": 0.2,
     "loss_coverage_min": 0.7, "loss_confidence_min": 0.5,
 }  # fmt: skip
 """Every option at a value that is not its default (`gate` aside, without which no gate mode is allowed)."""
@@ -99,6 +100,7 @@ POSITIVE = (
     "paw_vocab_size", "paw_shortlist", "chunk_width", "chunk_heads", "chunk_cache", "chunk_distance_buckets",
     "gate_residual_width", "gate_preview_width", "gate_hidden", "gate_block", "gate_logit_clip",
     "segment_max_sentences", "segment_max_paragraphs", "segment_max_tokens", "loss_preview_taps",
+    "loss_preview_every",
 )  # fmt: skip
 CHOICES = {
     "gates": ["replay", "off", None],

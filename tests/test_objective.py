@@ -11,18 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fbs_rl.model.chunk_loss import boundary_loss, class_weights, collapse, ctc_loss, trusts_labels
-from fbs_rl.model.objective import (
-    distillation_loss,
-    gate_loss,
+from fbs_rl.model.chunk_loss import (
+    boundary_loss_rows,
+    class_weights,
+    collapse,
+    ctc_loss,
+    trusts_labels,
+)
+from fbs_rl.model.objective import binary_entropy, rate_penalty, window_drift
+from fbs_rl.model.preview_loss import (
+    PreviewDraw,
     horizon_targets,
-    language_model_loss,
     preview_cross_entropy,
-    preview_loss,
-    window_loss,
+    preview_loss_sum,
+    window_error_sum,
     window_target,
 )
-from fbs_rl.types import ChunkLabels, ChunkTap, PreviewTap
+from fbs_rl.model.vocabulary_loss import cross_entropy_sum, divergence_sum, next_token_labels
+from fbs_rl.types import ChunkLabels, ChunkTap, DenseReference, PreviewTap
 from tests.tiny import enliven, fresh, left_padded, lively
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -36,40 +42,49 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_language_model_loss_equals_a_loop(packed: bool) -> None:
-    logits, labels = draw(2, 7, 5), torch.tensor([[1, 2, -100, 4, 0, 3, 3], [-100] * 5 + [2, 1]])
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_cross_entropy_equals_a_loop(
+    packed: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fbs_rl.model.vocabulary_loss._LOGIT_BYTES", rows * 4 * 5)
+    state, head = draw(2, 7, 3), draw(5, 3, seed=1)
+    labels = torch.tensor([[1, 2, -100, 4, 0, 3, 3], [-100] * 5 + [2, 1]])
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 2], [5] * 7]) if packed else None
     terms = []
     for row, t in itertools.product(range(2), range(6)):
         target = int(labels[row, t + 1])
         apart = documents is not None and documents[row, t] != documents[row, t + 1]
         if target >= 0 and not apart:
-            prob = logits[row, t].double().exp() / logits[row, t].double().exp().sum()
+            prob = (head.double() @ state[row, t].double()).softmax(0)
             terms.append(-math.log(prob[target]))
     assert len(terms) == (5 if packed else 7)
-    found = language_model_loss(logits, labels, documents).item()
-    assert found == pytest.approx(sum(terms) / len(terms), abs=1e-6)
+    wanted = next_token_labels(labels, documents)
+    assert int((wanted >= 0).sum()) == len(terms)
+    assert cross_entropy_sum(state, head, wanted).item() == pytest.approx(sum(terms), abs=1e-5)
 
 
-def test_language_model_loss_without_labels_is_zero() -> None:
-    assert language_model_loss(draw(1, 4, 5), torch.full((1, 4), -100)) == 0
+def test_cross_entropy_without_labels_is_zero() -> None:
+    wanted = next_token_labels(torch.full((1, 4), -100))
+    assert cross_entropy_sum(draw(1, 4, 3), draw(5, 3), wanted) == 0
 
 
-def test_distillation_equals_the_divergence() -> None:
-    gated, dense = draw(2, 3, 6, seed=1), draw(2, 3, 6, seed=2)
+@pytest.mark.parametrize("rows", [2, 1000])
+def test_divergence_equals_the_definition(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fbs_rl.model.vocabulary_loss._LOGIT_BYTES", rows * 4 * 6)
+    state, head = draw(2, 3, 4, seed=1).requires_grad_(), draw(6, 4, seed=2).requires_grad_()
+    other, other_head = draw(2, 3, 5, seed=3).requires_grad_(), draw(6, 5, seed=4)
     acts = torch.tensor([[True, False, True], [False, False, True]])
-    p, q = dense.double().softmax(-1), gated.double().softmax(-1)
+    with torch.no_grad():
+        p = (other @ other_head.T).double().softmax(-1)
+        q = (state @ head.T).double().softmax(-1)
     kl = (p * (p / q).log()).sum(-1)
-    wanted = (kl[0, 0] + kl[0, 2] + kl[1, 2]) / 3
-    assert distillation_loss(gated, dense, acts).item() == pytest.approx(wanted.item(), abs=1e-6)
-    assert distillation_loss(gated, dense, None).item() == pytest.approx(kl.mean().item(), abs=1e-6)
-    assert distillation_loss(gated, gated, acts) == 0
-
-
-def test_distillation_leaves_the_dense_side_alone() -> None:
-    gated, dense = draw(1, 3, 6, seed=1).requires_grad_(), draw(1, 3, 6, seed=2).requires_grad_()
-    distillation_loss(gated, dense, None).backward()
-    assert gated.grad is not None and gated.grad.abs().max() > 0 and dense.grad is None
+    found = divergence_sum(state, head, DenseReference(other, other_head), acts)
+    assert found.item() == pytest.approx((kl[0, 0] + kl[0, 2] + kl[1, 2]).item(), abs=1e-5)
+    found.backward()
+    assert other.grad is None and state.grad is not None and head.grad is not None
+    assert state.grad[acts].abs().max() > 0 and not state.grad[~acts].any()
+    same = divergence_sum(state, head, DenseReference(state, head), acts)
+    assert same.item() == pytest.approx(0.0, abs=1e-6)
 
 
 # --- preview ------------------------------------------------------------------------------------------------
@@ -79,7 +94,12 @@ def test_distillation_leaves_the_dense_side_alone() -> None:
 def test_horizon_targets_equal_a_loop(packed: bool) -> None:
     ids, mask = left_padded(1, [9, 6, 1])
     documents = torch.tensor([[0] * 4 + [1] * 5, [0] * 7 + [3] * 2, [0] * 9]) if packed else None
-    found, known = horizon_targets(ids, 4, mask.bool(), documents)
+    targets = horizon_targets(ids, 4, mask.bool(), documents)
+    found, known = targets.ids_BTK, targets.known_BTK
+    every_third = horizon_targets(ids, 4, mask.bool(), documents, slice(1, None, 3))
+    assert torch.equal(every_third.known_BTK, known[:, 1::3])
+    assert torch.equal(every_third.ids_BTK, found[:, 1::3])
+    assert torch.equal(targets.full_BT, known.all(-1)) and bool(targets.scored_BT.any())
     for row, t, h in itertools.product(range(3), range(9), range(1, 5)):
         exists = t + h < 9 and bool(mask[row, t]) and bool(mask[row, t + h])
         if documents is not None:
@@ -94,11 +114,12 @@ def test_preview_cross_entropy_equals_a_loop() -> None:
     model = lively()
     head, embedding = model.model.preview, model.model.embed_tokens.weight
     ids, mask = left_padded(2, [12, 7])
-    targets, known = horizon_targets(ids, 5, mask.bool())
+    targets = horizon_targets(ids, 5, mask.bool())
+    known = targets.known_BTK
     tap = PreviewTap(0, draw(2, 12, 32), torch.ones(2, 12), torch.ones(2, 12, 5))
     with torch.no_grad():
         reduced = head.reduced_embedding(embedding)
-        found = preview_cross_entropy(head, tap, reduced, targets, known)
+        found = preview_cross_entropy(head, tap, reduced, targets)
     kept = head.token_ids_N.tolist()
     classes = torch.cat((embedding[kept] @ head.embed_proj.weight.T, head.unk_R[None])).double()
     outside = 0
@@ -129,8 +150,8 @@ def test_preview_loss_equals_a_loop() -> None:
         if weights:
             terms.append(sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights))
     assert len(terms) == 5
-    found = preview_loss(ce, inclusion, known).item()
-    assert found == pytest.approx(sum(terms) / 5, abs=1e-6)
+    found = preview_loss_sum(ce, inclusion, known).item()
+    assert found == pytest.approx(sum(terms), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -148,18 +169,43 @@ def test_window_target_by_hand(ce: list[float], known: int, wanted: int) -> None
     assert window_target(torch.tensor([[ce]]), mask.view(1, 1, 5), 2.5).item() == wanted
 
 
-def test_window_loss_by_hand() -> None:
+def test_window_error_by_hand() -> None:
     ce = torch.tensor([[[1.0, 3.0], [1.0, 1.0], [3.0, 0.0]]])  # targets 2, 2 and, not counted, 1
     known = torch.tensor([[[True, True], [True, True], [True, False]]])
     window = torch.tensor([[0.5, 1.75, 1.0]], requires_grad=True)
-    tap = PreviewTap(0, draw(1, 3, 4), window, torch.ones(1, 3, 2))
-    huber = ((1.5 - 0.5) + 0.5 * 0.25**2) / 2
-    prior = ((0.5 + 1.75) / 2 / 2 - 0.54) ** 2
-    found = window_loss(ce, tap, known, 2.5, 0.54)
-    assert found.item() == pytest.approx(huber + prior, abs=1e-6)
+    found = window_error_sum(ce, window, known, 2.5)
+    assert found.item() == pytest.approx((1.5 - 0.5) + 0.5 * 0.25**2, abs=1e-6)
     found.backward()
     assert window.grad is not None and window.grad[0, 2] == 0 and window.grad[0, 0] != 0
-    assert window_loss(ce, tap, known & False, 2.5, 0.54) == 0
+    assert window_error_sum(ce, window, known & False, 2.5) == 0
+
+
+def test_penalties_of_a_part_have_the_gradient_of_the_whole() -> None:
+    """Two halves of a step, linearised at the step's own means, together give the whole's gradient."""
+    rates = torch.tensor([[0.95, 0.97, 0.2], [0.5, 0.3, 0.9]], requires_grad=True)
+    mean = rates.mean(1)
+    whole = rate_penalty(mean, None, True, 0.36) + window_drift(mean, None, True, 0.54).sum()
+    (wanted,) = torch.autograd.grad(whole, rates)
+    reference = rates.detach().mean(1)
+    halves = [rates[:, :2].sum(1) / 3, rates[:, 2:].sum(1) / 3]
+    parts = sum(
+        rate_penalty(half, reference, False, 0.36)
+        + window_drift(half, reference, False, 0.54).sum()
+        for half in halves
+    )
+    (found,) = torch.autograd.grad(parts, rates)
+    torch.testing.assert_close(found, wanted)
+    nothing = rate_penalty(halves[0], None, False, 0.36) + window_drift(halves[0], None, False, 0.5)
+    assert not nothing.any()
+
+
+def test_draws_are_the_same_for_all_calls_of_a_step_and_cover_everything() -> None:
+    config = fresh(paw_layers="all", loss_preview_taps=3, loss_preview_every=4).config
+    draws = [PreviewDraw.of(config, step) for step in range(60)]
+    assert draws == [PreviewDraw.of(config, step) for step in range(60)]
+    assert {d.first for d in draws} == set(range(4))
+    assert {tap for d in draws for tap in d.taps} == set(range(8))
+    assert all(len(set(d.taps)) == 3 for d in draws)
 
 
 def test_preview_loss_does_not_train_the_window() -> None:
@@ -196,21 +242,20 @@ def test_preview_losses_leave_the_output_embedding_alone() -> None:
 # --- gate -----------------------------------------------------------------------------------------------------
 
 
-def test_gate_loss_by_hand() -> None:
-    prob = torch.tensor([[[0.95, 0.97, 0.2]], [[0.5, 0.3, 0.9]]])
-    acts = torch.tensor([[True, True, False]])
-    rates = [(0.95 + 0.97) / 2, (0.5 + 0.3) / 2]
-    entropies = [-p * math.log(p) - (1 - p) * math.log(1 - p) for p in (0.95, 0.97, 0.5, 0.3)]
-    wanted = (sum(rates) / 2 - 0.36) ** 2 + 0.1 * (rates[0] - 0.9) ** 2 - 0.01 * sum(entropies) / 4
-    assert gate_loss(prob, acts, 0.36).item() == pytest.approx(wanted, abs=1e-6)
-    assert gate_loss(prob, acts & False, 0.36) == 0
+def test_rate_penalty_and_entropy_by_hand() -> None:
+    rates = torch.tensor([0.96, 0.4])
+    wanted = (0.68 - 0.36) ** 2 + 0.1 * 0.06**2
+    assert rate_penalty(rates, None, True, 0.36).item() == pytest.approx(wanted, abs=1e-6)
+    for p in (0.2, 0.5, 0.97):
+        wanted = -p * math.log(p) - (1 - p) * math.log(1 - p)
+        assert binary_entropy(torch.tensor(p)).item() == pytest.approx(wanted, abs=1e-6)
 
 
-def test_gate_loss_survives_certain_gates() -> None:
-    prob = torch.tensor([[[0.0, 1.0]]], requires_grad=True)
-    loss = gate_loss(prob, torch.ones(1, 2, dtype=torch.bool), 0.5)
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(prob.grad).all()
+def test_entropy_survives_certain_gates() -> None:
+    prob = torch.tensor([0.0, 1.0], requires_grad=True)
+    entropy = binary_entropy(prob).sum()
+    entropy.backward()
+    assert torch.isfinite(entropy) and prob.grad is not None and torch.isfinite(prob.grad).all()
 
 
 # --- chunks ---------------------------------------------------------------------------------------------------
@@ -284,9 +329,11 @@ def test_boundary_loss_chooses_by_coverage_and_confidence(
         expected = (nll * weight).sum() / weight.sum()
     else:
         expected = ctc_loss(part, tap.blank_logits_BT[0, 1:5], wanted)
-    found = boundary_loss(config, tap, labels)
-    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
-    assert trusts_labels(config, part, coverage) == (kind == "ce" and not forced)
+    found = boundary_loss_rows(config, tap, labels)
+    assert found.tolist() == [pytest.approx(expected.item(), abs=1e-6)]
+    where = labels.labels_BT >= 0
+    trusted = trusts_labels(config, logits, where, labels.coverage_B)
+    assert trusted.tolist() == [kind == "ce" and not forced]
 
 
 def test_boundary_loss_without_labels_is_the_rate_prior() -> None:
@@ -299,7 +346,18 @@ def test_boundary_loss_without_labels_is_the_rate_prior() -> None:
     tap = chunk_tap(logits, valid)
     prior = (tap.close_prob_BT[1, 2:].mean() - 0.35) ** 2
     ctc = ctc_loss(logits[0], tap.blank_logits_BT[0], labels.labels_BT[0])
-    found = boundary_loss(config, tap, labels)
-    assert found.item() == pytest.approx(((prior + ctc) / 2).item(), abs=1e-6)
-    both = [(tap.close_prob_BT[0].mean() - 0.35) ** 2, prior]
-    assert boundary_loss(config, tap, None).item() == pytest.approx(sum(both).item() / 2, abs=1e-6)
+    found = boundary_loss_rows(config, tap, labels)
+    assert found.tolist() == pytest.approx([ctc.item(), prior.item()], abs=1e-6)
+    both = [((tap.close_prob_BT[0].mean() - 0.35) ** 2).item(), prior.item()]
+    assert boundary_loss_rows(config, tap, None).tolist() == pytest.approx(both, abs=1e-6)
+    assert boundary_loss_rows(config, chunk_tap(logits, valid & False), labels).tolist() == [0, 0]
+
+
+def test_given_class_weights_replace_those_of_the_batch() -> None:
+    config, logits = lively().config, draw(1, 4, 4, seed=12)
+    labels, weight = torch.tensor([[0, 1, 1, 3]]), torch.tensor([0.5, 2.0, 1.0, 0.25])
+    tap = chunk_tap(logits, torch.ones(1, 4, dtype=torch.bool))
+    found = boundary_loss_rows(config, tap, ChunkLabels(labels, torch.tensor([1.0]), True, weight))
+    nll = -logits[0].log_softmax(-1)[torch.arange(4), labels[0]]
+    wanted = (nll * weight[labels[0]]).sum() / weight[labels[0]].sum()
+    assert found.item() == pytest.approx(wanted.item(), abs=1e-6)

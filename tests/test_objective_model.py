@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import random
 from typing import Any
 
 import pytest
 import torch
 
-from fbs_rl.model.objective import (
-    gate_loss,
+from fbs_rl.model.objective import binary_entropy, count_losses, rate_penalty
+from fbs_rl.model.preview_loss import (
+    PreviewDraw,
     horizon_targets,
-    language_model_loss,
     preview_cross_entropy,
-    preview_loss,
-    window_loss,
+    preview_loss_sum,
+    thin,
+    window_error_sum,
 )
-from fbs_rl.types import ChunkLabels
+from fbs_rl.types import ChunkLabels, DenseReference, LossCounts, LossScope
 from tests.tiny import LAYERS, enliven, fresh, left_padded, lively
 
 PARTS = ("preview", "window", "chunk", "consistency", "gate", "distill")
@@ -64,27 +64,112 @@ def test_a_weight_scales_its_part_and_no_other(name: str) -> None:
 
 def test_language_part_is_the_loss_of_the_logits() -> None:
     found = run(lively())
-    assert torch.equal(found.loss_parts["lm"], language_model_loss(found.logits, LABELS))
+    nll = -found.logits[:, :-1].double().log_softmax(-1).gather(2, IDS[:, 1:, None])[..., 0]
+    wanted = nll[LABELS[:, 1:] >= 0].mean().item()
+    assert found.loss_parts["lm"].item() == pytest.approx(wanted, abs=1e-5)
+    assert run(lively(), with_logits=False).logits is None
+    assert torch.equal(run(lively(), with_logits=False).loss, found.loss)
 
 
-def test_preview_part_scores_the_drawn_layers() -> None:
-    model = lively(paw_layers="all", loss_preview_taps=3)
+@pytest.mark.parametrize("every", [1, 3])
+def test_preview_part_scores_the_drawn_layers_and_columns(every: int) -> None:
+    model = lively(paw_layers="all", loss_preview_taps=3, loss_preview_every=every)
     losses = set()
     for seed in range(4):
         with torch.no_grad():
             found = run(model, loss_seed=seed)
-            drawn = random.Random(seed).sample(found.taps.previews, 3)
-            targets, known = horizon_targets(IDS, 5, MASK.bool())
+            chosen = PreviewDraw.of(model.config, seed)
+            targets = horizon_targets(IDS, 5, MASK.bool(), columns=chosen.columns)
+            known, full = targets.known_BTK, targets.full_BT
             reduced = model.model.preview.reduced_embedding(model.model.embed_tokens.weight)
             preview, window = 0.0, 0.0
-            for tap in drawn:
-                ce = preview_cross_entropy(model.model.preview, tap, reduced, targets, known)
-                preview += preview_loss(ce, tap.inclusion_BTK, known).item() / 3
-                window += window_loss(ce, tap, known, 2.5, 0.54).item() / 3
+            for index in chosen.taps:
+                tap = thin(found.taps.previews[index], chosen.columns)
+                ce = preview_cross_entropy(model.model.preview, tap, reduced, targets)
+                scored = known.any(-1).sum()
+                preview += (preview_loss_sum(ce, tap.inclusion_BTK, known) / scored).item() / 3
+                drift = (tap.window_BT[full].mean() / 5 - 0.54) ** 2
+                error = window_error_sum(ce, tap.window_BT, known, 2.5) / full.sum()
+                window += (error + drift).item() / 3
         assert found.loss_parts["preview"].item() == pytest.approx(preview, abs=1e-6)
         assert found.loss_parts["window"].item() == pytest.approx(window, abs=1e-6)
         losses.add(found.loss_parts["preview"].item())
     assert len(losses) > 1
+
+
+# --- a step made of several calls ------------------------------------------------------------------------------
+
+
+def shares(model: Any, cuts: list[list[int]], scope: LossScope, **call: Any) -> dict[str, Any]:
+    """Sums over calls of loss parts and of gradients, each call seeing some rows of the step."""
+    model.zero_grad()
+    parts: dict[str, Any] = {}
+    labels = torch.randint(0, 4, IDS.shape, generator=torch.Generator().manual_seed(5))
+    weights = torch.tensor([1.0, 0.5, 2.0, 1.0])
+    for rows in cuts:
+        chunk_labels = ChunkLabels(labels[rows], torch.ones(len(rows)), True, weights)
+        found = model(
+            IDS[rows], MASK[rows], labels=LABELS[rows], gates="sample", loss_scope=scope, loss_seed=3,
+            gate_seed=torch.tensor([7, 8, 9])[rows], chunk_labels=chunk_labels, decode_start=2, **call,
+        )  # fmt: skip
+        found.loss.backward()
+        for name, part in found.loss_parts.items():
+            parts[name] = parts.get(name, 0.0) + part.item()
+        for name in ("rate_sum_L", "window_sum_P", "entropy_sum"):
+            parts[name] = parts.get(name, 0.0) + getattr(found.loss_report, name).double()
+    return parts | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_parts_and_gradients_do_not_depend_on_how_a_step_is_cut() -> None:
+    model = enliven(fresh(paw_layers="all", loss_preview_every=2))
+    acts = (MASK.cumsum(1) - 1 >= 2) & MASK.bool()
+    counts = count_losses(model.config, IDS, LABELS, acts, MASK.bool(), None, 3)
+    halves = [
+        count_losses(model.config, IDS[r], LABELS[r], acts[r], MASK[r].bool(), None, 3)
+        for r in ([0], [1, 2])
+    ]
+    assert counts.lm == halves[0].lm + halves[1].lm == int((LABELS[:, 1:] >= 0).sum())
+    assert counts.window == halves[0].window + halves[1].window < counts.preview
+    scope = LossScope(counts, torch.linspace(0.2, 0.95, LAYERS), torch.linspace(1.0, 4.0, LAYERS))
+    one = shares(model, [[0, 1, 2]], scope)
+    assert "distill" in one and one["rate_sum_L"].shape == (LAYERS,)
+    for cuts in ([[0], [1], [2]], [[2, 0], [1]], [[1], [0, 2]]):
+        other = shares(model, cuts, scope)
+        assert other.keys() == one.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_a_whole_step_without_scope_is_the_same_but_for_the_squared_means() -> None:
+    """And those agree in gradient when they are linearised at the means of the very step."""
+    model = enliven(fresh())
+    alone = model(IDS, MASK, labels=LABELS, gates="sample", gate_seed=4)
+    report = alone.loss_report
+    rate_L = report.rate_sum_L / report.counts.gated
+    window_P = report.window_sum_P / report.counts.window
+    scoped = model(
+        IDS, MASK, labels=LABELS, gates="sample", gate_seed=4,
+        loss_scope=LossScope(report.counts, rate_L, window_P),
+    )  # fmt: skip
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    one = torch.autograd.grad(alone.loss, list(model.parameters()), allow_unused=True)
+    other = torch.autograd.grad(scoped.loss, list(model.parameters()), allow_unused=True)
+    for name, left, right in zip(names, one, other, strict=True):
+        if left is not None:
+            torch.testing.assert_close(right, left, atol=1e-6, rtol=1e-4, msg=name)
+    for part in ("lm", "preview", "chunk", "consistency", "distill"):
+        assert torch.equal(alone.loss_parts[part], scoped.loss_parts[part])
+
+
+def test_counts_by_hand() -> None:
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    labels = torch.tensor([[0, 0, -100, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0] * 6])
+    config = fresh(paw_horizon=2, paw_fixed_window=2).config
+    gated = torch.tensor([[False] * 4 + [True] * 2, [False] * 5 + [True]])
+    found = count_losses(config, ids, labels, gated, None, documents)
+    # Row 0: targets at 0, 3, 4 (1 has no label after it, 2 ends a document); row 1: 0..4.
+    assert found == LossCounts(lm=8, preview=4 + 5, window=2 + 4, gated=3, rows=2)
 
 
 # --- consistency ----------------------------------------------------------------------------------------------
@@ -103,14 +188,16 @@ def test_consistency_part_equals_a_loop(kind: str) -> None:
         for row in range(len(IDS)):
             owner = chunks.chunk_id_BT[row]
             count = int(owner.max()) + 1
+            row_terms = []
             deep = torch.stack([final[row, owner == j].mean(0) for j in range(count)])
             guess = chunks.summaries[layer][row, :count].double() @ weight.T
             cosine = torch.cosine_similarity(guess[:, None], deep[None], dim=-1)
             for j in range(count):
                 if kind == "cosine":
-                    terms.append(1 - cosine[j, j].item())
+                    row_terms.append(1 - cosine[j, j].item())
                 else:
-                    terms.append(-(cosine[j] / 0.07).log_softmax(0)[j].item())
+                    row_terms.append(-(cosine[j] / 0.07).log_softmax(0)[j].item())
+            terms.append(sum(row_terms) / len(row_terms))
         losses.append(sum(terms) / len(terms))
     assert len(losses) == 2
     assert found.loss_parts["consistency"].item() == pytest.approx(sum(losses) / 2, abs=1e-5)
@@ -153,7 +240,10 @@ def test_gate_part_equals_the_formula(mode: str) -> None:
     positions = (MASK.cumsum(1) - 1).clamp_min(0)
     assert torch.equal(acts, (positions >= 4) & MASK.bool())
     rate = found.skip.float() if mode == "threshold" else found.gate_prob
-    torch.testing.assert_close(found.loss_parts["gate"], gate_loss(rate, acts, 0.36))
+    entropy = (binary_entropy(rate) * acts).sum() / (LAYERS * acts.sum())
+    rate_L = (rate * acts).sum((1, 2)) / acts.sum()
+    wanted = rate_penalty(rate_L, None, True, 0.36) - 0.01 * entropy
+    torch.testing.assert_close(found.loss_parts["gate"], wanted)
     mean = (rate * acts).sum() / (LAYERS * acts.sum())
     assert 0.1 < mean < 0.7
 
@@ -178,8 +268,9 @@ def test_distillation_pulls_to_the_own_dense_pass_or_a_given_one() -> None:
     model = lively()
     with torch.no_grad():
         dense = model(IDS, MASK, gates="dense").logits
-        own, given = run(model), run(model, dense_logits=dense)
-        other = run(model, dense_logits=torch.zeros_like(dense))
+        own, given = run(model), run(model, dense=model.dense_reference(IDS, MASK))
+        nothing = DenseReference(torch.zeros(*IDS.shape, 4), torch.zeros(dense.shape[-1], 4))
+        other = run(model, dense=nothing)
     assert torch.equal(own.loss_parts["distill"], given.loss_parts["distill"])
     p, q = dense.double().log_softmax(-1), own.logits.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)

@@ -30,6 +30,7 @@ SMALL: dict[str, Any] = {
     "gate_preview_width": 8,
     "gate_hidden": 32,
     "adapter_rank": 8,
+    "loss_preview_every": 1,
 }
 NOOP = {"kv_on_skip": "noop", "skip_path": "identity"}
 

@@ -19,38 +19,62 @@ _BLANK = len(BIOS)
 _INFONCE_TEMPERATURE = 0.07
 
 
-def boundary_loss(config: FBSConfig, tap: ChunkTap, labels: ChunkLabels | None) -> Tensor:
-    """L_chunk, mean over sequences: cross entropy, CTC or the closing-rate prior, chosen per sequence."""
-    rows = []
-    for row in range(tap.close_prob_BT.shape[0]):
-        member_T = tap.chunk_id_BT[row] >= 0
-        labelled_T = (
-            member_T & (labels.labels_BT[row] != IGNORED_LABEL)
-            if labels is not None
-            else member_T & False
+def boundary_loss_rows(config: FBSConfig, tap: ChunkTap, labels: ChunkLabels | None) -> Tensor:
+    """L_chunk of each sequence [B]: cross entropy, CTC or, without labels, the closing-rate prior."""
+    member_BT = tap.chunk_id_BT >= 0
+    size_B = member_BT.sum(1).clamp_min(1)
+    rate_B = (tap.close_prob_BT * member_BT).sum(1) / size_B
+    prior_B = (rate_B - config.chunk_close_rate) ** 2 * member_BT.any(1)
+    if labels is None:
+        return prior_B
+    labelled_BT = member_BT & (labels.labels_BT != IGNORED_LABEL)
+    has_B = labelled_BT.any(1)
+    weights_C = labels.class_weights_C
+    if weights_C is None:
+        weights_C = class_weights(labels.labels_BT)
+    exact_B = row_cross_entropy(
+        tap.boundary_logits_BT4,
+        labels.labels_BT.masked_fill(~labelled_BT, IGNORED_LABEL),
+        weights_C,
+    )
+    trusted_B = torch.full_like(has_B, True)
+    if not labels.force_cross_entropy:
+        trusted_B = trusts_labels(
+            config, tap.boundary_logits_BT4, labelled_BT, labels.coverage_B.to(prior_B)
         )
-        if labels is None or not bool(labelled_T.any()):
-            rate = (
-                tap.close_prob_BT[row][member_T].mean()
-                if bool(member_T.any())
-                else tap.close_prob_BT.sum() * 0
-            )
-            rows.append((rate - config.chunk_close_rate) ** 2)
-            continue
-        logits, wanted = tap.boundary_logits_BT4[row][labelled_T], labels.labels_BT[row][labelled_T]
-        if labels.force_cross_entropy or trusts_labels(
-            config, logits, float(labels.coverage_B[row])
-        ):
-            rows.append(F.cross_entropy(logits, wanted, weight=class_weights(labels.labels_BT)))
-        else:
-            rows.append(ctc_loss(logits, tap.blank_logits_BT[row][labelled_T], wanted))
-    return torch.stack(rows).mean()
+    loss_B = torch.where(has_B, torch.where(trusted_B, exact_B, 0.0), prior_B)
+    for row in (has_B & ~trusted_B).nonzero().flatten().tolist():
+        where = labelled_BT[row]
+        aligned = ctc_loss(
+            tap.boundary_logits_BT4[row][where],
+            tap.blank_logits_BT[row][where],
+            labels.labels_BT[row][where],
+        )
+        loss_B = loss_B.index_add(0, torch.tensor([row], device=loss_B.device), aligned.view(1))
+    return loss_B
 
 
-def trusts_labels(config: FBSConfig, logits_T4: Tensor, coverage: float) -> bool:
-    """Whether a sequence is trained token by token: enough of it is covered and the head is confident (SPEC 3.5)."""
-    confidence = float(logits_T4.detach().softmax(-1).amax(-1).mean())
-    return coverage >= config.loss_coverage_min and confidence >= config.loss_confidence_min
+def row_cross_entropy(logits_BT4: Tensor, labels_BT: Tensor, weights_C: Tensor) -> Tensor:
+    """Class-weighted mean cross entropy in nats of each row [B]; 0 for a row without labels."""
+    weights_C = weights_C.to(logits_BT4)
+    ce_BT = F.cross_entropy(
+        logits_BT4.transpose(1, 2),
+        labels_BT,
+        weights_C,
+        ignore_index=IGNORED_LABEL,
+        reduction="none",
+    )
+    weight_BT = weights_C[labels_BT.clamp_min(0)] * (labels_BT != IGNORED_LABEL)
+    return ce_BT.sum(1) / weight_BT.sum(1).clamp_min(1e-6)
+
+
+def trusts_labels(
+    config: FBSConfig, logits_BT4: Tensor, labelled_BT: Tensor, coverage_B: Tensor
+) -> Tensor:
+    """[B] bool: trained token by token, since enough is covered and the head is confident (SPEC 3.5)."""
+    sure_BT = logits_BT4.detach().softmax(-1).amax(-1)
+    confidence_B = (sure_BT * labelled_BT).sum(1) / labelled_BT.sum(1).clamp_min(1)
+    return (coverage_B >= config.loss_coverage_min) & (confidence_B >= config.loss_confidence_min)
 
 
 def class_weights(labels_BT: Tensor) -> Tensor:
@@ -82,8 +106,8 @@ def ctc_loss(logits_T4: Tensor, blank_T: Tensor, labels_T: Tensor) -> Tensor:
     return summed / len(log_prob_T5)
 
 
-def consistency_loss(model: FBSModel, taps: PassTaps) -> Tensor:
-    """L_cons: mean over chunk layers and chunks of 1 − cos(W_s u_j, sg(mean h^L over the chunk)), or InfoNCE."""
+def consistency_loss_rows(model: FBSModel, taps: PassTaps) -> Tensor:
+    """L_cons of each sequence [B]: mean over chunk layers and chunks of 1 − cos(W_s u_j, sg(mean h^L)), or InfoNCE."""
     chunks, final = taps.chunks, taps.final_state_BTd
     assert chunks is not None and final is not None
     losses = []
@@ -96,7 +120,7 @@ def consistency_loss(model: FBSModel, taps: PassTaps) -> Tensor:
         reader = model.get_submodule(f"layers.{index}.chunk_reader")
         guess_BNd = reader.consistency(summary_BNW)  # pyright: ignore[reportCallIssue]
         losses.append(_agreement(model.config.chunk_consistency, guess_BNd, deep_BNd, present_BN))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean(0)
 
 
 def _membership(tap: ChunkTap, count: int) -> Segmentation:
@@ -117,4 +141,4 @@ def _agreement(kind: str, guess_BNd: Tensor, deep_BNd: Tensor, present_BN: Tenso
         )
         scores_BNN = torch.where(present_BN.unsqueeze(-1), scores_BNN, 0.0)
         loss_BN = F.cross_entropy(scores_BNN.transpose(1, 2), own, reduction="none")
-    return (loss_BN * present_BN).sum() / present_BN.sum().clamp_min(1)
+    return (loss_BN * present_BN).sum(1) / present_BN.sum(1).clamp_min(1)

@@ -138,10 +138,14 @@ class FBSConfig(PreTrainedConfig):
     loss_consistency: float = 0.05
     loss_window: float = 0.01
     loss_gate: float = 0.01
+    loss_gate_entropy: float = 0.01
+    """Weight of −H(p) inside L_gate: what keeps gates undecided early on."""
     loss_distill: float = 1.0
     """Weight of KL(dense || gated), used when gates act and dense logits are at hand or asked for."""
     loss_preview_taps: int = 2
-    """PAW layers, drawn anew for each batch, whose previews are scored."""
+    """PAW layers, drawn anew for each step, whose previews are scored."""
+    loss_preview_every: int = 8
+    """Every how manieth token's preview is scored, from an offset drawn for each step."""
     loss_window_nats: float = 2.5
     loss_skip_target: float = 0.05
     loss_coverage_min: float = 0.8
@@ -345,6 +349,7 @@ _POSITIVE = (
     "paw_vocab_size", "paw_shortlist", "chunk_width", "chunk_heads", "chunk_cache", "chunk_distance_buckets",
     "gate_residual_width", "gate_preview_width", "gate_hidden", "gate_block", "gate_logit_clip",
     "segment_max_sentences", "segment_max_paragraphs", "segment_max_tokens", "loss_preview_taps",
+    "loss_preview_every",
 )  # fmt: skip
 
 _OPTION_PREFIXES = (

@@ -8,18 +8,49 @@ together: Stage 1 training does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fbs_rl.model.baselines import removal_harm
 from fbs_rl.model.layer import unit_norm
 from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.model.skip_path import SkipAdapter
 
+
+@dataclass(frozen=True, slots=True)
+class ClosedFormFit:
+    """explained: share of its layer's update that each adapter explains. scores: R² of the log harm per gate.
+
+    drop_order: layers that may skip, the least harmful to drop first.
+    """
+
+    explained: list[float]
+    scores: list[float]
+    drop_order: list[int]
+
+
 _RIDGE = 0.1
 _HARM_FLOOR_NATS = 1e-6
+
+
+def fit_in_closed_form(
+    model: FBSForCausalLM,
+    sequences_NT: Tensor,
+    decode_start: int,
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> ClosedFormFit:
+    """Fit every adapter, measure the harm of dropping each layer, and fit every gate to it."""
+    explained = fit_adapters(model, sequences_NT, decode_start)
+    harm_LNT = removal_harm(model, sequences_NT, decode_start, on_layer=on_layer)
+    scores = fit_gates(model, sequences_NT, decode_start, harm_LNT)
+    mean_harm_L = harm_LNT.mean((1, 2)).nan_to_num(float("inf"))
+    order = [int(layer) for layer in mean_harm_L.argsort() if mean_harm_L[layer] < float("inf")]
+    return ClosedFormFit(explained, scores, order)
 
 
 @torch.inference_mode()

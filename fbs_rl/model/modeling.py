@@ -21,7 +21,16 @@ from fbs_rl.model.decoder import NEW_MODULES, FBSModel, FBSPreTrainedModel
 from fbs_rl.model.kv_cache import FBSCache
 from fbs_rl.model.objective import Supervision, compute_losses
 from fbs_rl.model.sequence_pass import PassResult
-from fbs_rl.types import ChunkLabels, FBSOutput, GateMode, GateRequest, as_row_vector
+from fbs_rl.types import (
+    ChunkLabels,
+    DenseReference,
+    FBSOutput,
+    GateMode,
+    GateRequest,
+    LossReport,
+    LossScope,
+    as_row_vector,
+)
 
 
 class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
@@ -107,9 +116,11 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
         never_skip: Sequence[int] = (),
         document_ids: Tensor | None = None,
         chunk_labels: ChunkLabels | None = None,
-        dense_logits: Tensor | None = None,
+        dense: DenseReference | None = None,
         loss_seed: int = 0,
         skip_target: float | None = None,
+        loss_scope: LossScope | None = None,
+        with_logits: bool = True,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
@@ -120,8 +131,9 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
         position of the first token that may skip, one or one a row (None: 0 without a cache, the prompt's
         length with one). skip [L, B, T]: actions for gates="replay". gate_seed: noise of gates="sample", one a
         row. never_skip: more layers that always run. document_ids [B, T]: documents of packed sequences.
-        dense_logits [B, T, V]: the distribution that L_distill pulls towards (None: this model's own
-        dense pass, when loss_distill is above 0 and gates act). loss_seed: draws the previews that are scored.
+        dense: the distribution that L_distill pulls towards (None: this model's own dense pass, when
+        loss_distill is above 0 and gates act). loss_seed: draws the previews that are scored. loss_scope: the
+        optimizer step that this call is a part of. with_logits: False saves [B, T, V] when only losses matter.
 
         output_hidden_states: also return the state entering each layer and the final normed one (without a cache).
 
@@ -169,21 +181,21 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
         )
         hidden = self.model.norm(result.state_BTd)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept, :])
-        loss, parts = None, None
+        logits = self.lm_head(hidden[:, kept, :]) if with_logits else None
+        report = None
         if labels is not None:
             if cache is not None or input_ids is None:
                 raise ValueError("labels need a whole sequence of input_ids without a cache")
-            if dense_logits is None and self._distils(request):
-                dense_logits = self._dense_logits(
+            if dense is None and self._distils(request):
+                dense = self.dense_reference(
                     input_ids, attention_mask, position_ids, document_ids, window_temperature
                 )
             target = self.config.loss_skip_target if skip_target is None else skip_target
             supervision = Supervision(
-                input_ids, labels, request.mode, target, document_ids, chunk_labels, dense_logits, loss_seed
+                input_ids, labels, request.mode, target, document_ids, chunk_labels, dense, loss_seed, loss_scope
             )  # fmt: skip
-            loss, parts = compute_losses(self.model, result, logits, supervision)
-        return _output(result, logits, hidden, cache, loss, parts, bool(output_hidden_states))
+            report = compute_losses(self.model, self.lm_head.weight, result, hidden, supervision)
+        return _output(result, logits, hidden, cache, report, bool(output_hidden_states))
 
     def _request(
         self, source: Tensor, attention_mask: Tensor | None, cache: FBSCache | None, gates: GateMode | str | None,
@@ -221,13 +233,22 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
         return self.config.loss_distill > 0 and request.mode is not GateMode.DENSE
 
     @torch.no_grad()
-    def _dense_logits(self, input_ids: Tensor, *context: Any) -> Tensor:
-        mask, positions, documents, temperature = context
+    def dense_reference(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        window_temperature: float | None = None,
+    ) -> DenseReference:
+        """This model's own distribution with nothing skipped, as a target for distillation."""
         request = self._request(
-            input_ids, mask, None, GateMode.DENSE, None, None, None, None, 1.0, ()
+            input_ids, attention_mask, None, GateMode.DENSE, None, None, None, None, 1.0, ()
         )
-        result = self.model.run(input_ids, request, mask, positions, documents, None, temperature)
-        return self.lm_head(self.model.norm(result.state_BTd))
+        result = self.model.run(
+            input_ids, request, attention_mask, position_ids, document_ids, None, window_temperature
+        )
+        return DenseReference(self.model.norm(result.state_BTd), self.lm_head.weight.detach())
 
     # --- generate() -------------------------------------------------------------------------------
 
@@ -266,12 +287,12 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
 
 
 def _output(
-    result: PassResult, logits: Tensor, hidden: Tensor, cache: FBSCache | None, loss: Tensor | None,
-    parts: dict[str, Tensor] | None, with_states: bool,
+    result: PassResult, logits: Tensor | None, hidden: Tensor, cache: FBSCache | None, report: LossReport | None,
+    with_states: bool,
 ) -> FBSOutput:  # fmt: skip
     taps = result.taps
     return FBSOutput(
-        loss=loss,
+        loss=None if report is None else report.total,
         logits=logits,
         past_key_values=cache,
         hidden_states=(*taps.states, hidden) if with_states and taps.states else None,
@@ -279,7 +300,8 @@ def _output(
         skip=result.skip_LBT,
         lookahead=torch.stack([p.window_BT for p in taps.previews]) if taps.previews else None,
         boundary_logits=taps.chunks.boundary_logits_BT4 if taps.chunks else None,
-        loss_parts=parts,
+        loss_parts=None if report is None else report.parts,
+        loss_report=report,
         taps=taps if cache is None else None,
     )
 

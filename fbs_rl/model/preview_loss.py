@@ -1,0 +1,145 @@
+"""Losses of the Preview-Attention Window: what it predicts, and how far it looks (SPEC 2.7, 2.8)."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fbs_rl.model.preview import PreviewHead
+from fbs_rl.types import IGNORED_LABEL, PreviewTap
+
+if TYPE_CHECKING:
+    from fbs_rl.model.configuration import FBSConfig
+
+_LOGIT_BYTES = 2**28
+"""Scores over the preview vocabulary exist this many bytes at a time (and again in the backward pass)."""
+
+
+@dataclass(slots=True, frozen=True)
+class PreviewDraw:
+    """Which predictions of a step are scored: `taps` of the PAW layers, and every `every`-th column from `first`."""
+
+    taps: tuple[int, ...]
+    first: int
+    every: int
+
+    @classmethod
+    def of(cls, config: FBSConfig, draw: int) -> PreviewDraw:
+        """A pure function of `draw`: all calls of one step must be given the same."""
+        chosen = random.Random(draw)
+        count = len(config.preview_layers)
+        taps = chosen.sample(range(count), min(config.loss_preview_taps, count))
+        return cls(
+            tuple(taps), chosen.randrange(config.loss_preview_every), config.loss_preview_every
+        )
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.first, None, self.every)
+
+
+@dataclass(slots=True)
+class HorizonTargets:
+    """ids_BTK: x_{t+h} for h = 1..K. known_BTK: whether it exists in the same document."""
+
+    ids_BTK: Tensor
+    known_BTK: Tensor
+
+    @property
+    def scored_BT(self) -> Tensor:
+        return self.known_BTK.any(-1)
+
+    @property
+    def full_BT(self) -> Tensor:
+        return self.known_BTK.all(-1)
+
+
+def horizon_targets(
+    ids_BT: Tensor,
+    horizons: int,
+    valid_BT: Tensor | None = None,
+    document_BT: Tensor | None = None,
+    columns: slice = slice(None),
+) -> HorizonTargets:
+    """What the tokens at `columns` should predict."""
+    length = ids_BT.shape[1]
+    column_T = torch.arange(length, device=ids_BT.device)[columns]
+    index_TK = column_T[:, None] + torch.arange(1, horizons + 1, device=ids_BT.device)
+    inside_TK = index_TK < length
+    index_TK = index_TK.clamp_max(length - 1)
+    known_BTK = inside_TK.expand(len(ids_BT), -1, -1)
+    if valid_BT is not None:
+        known_BTK = known_BTK & valid_BT[:, index_TK] & valid_BT[:, column_T].unsqueeze(-1)
+    if document_BT is not None:
+        own_BT1 = document_BT[:, column_T].unsqueeze(-1)
+        known_BTK = known_BTK & (document_BT[:, index_TK] == own_BT1)
+    return HorizonTargets(ids_BT[:, index_TK], known_BTK)
+
+
+def thin(tap: PreviewTap, columns: slice) -> PreviewTap:
+    """The tap at some columns only."""
+    return PreviewTap(
+        tap.layer,
+        tap.query_BTR[:, columns],
+        tap.window_BT[:, columns],
+        tap.inclusion_BTK[:, columns],
+    )
+
+
+def preview_cross_entropy(
+    head: PreviewHead, tap: PreviewTap, reduced_NR: Tensor, targets: HorizonTargets
+) -> Tensor:
+    """CE_{t,h} [B, T, K] in nats over the preview vocabulary and UNK; 0 where there is no target."""
+    vocabulary = torch.cat((reduced_NR, head.unk_R.unsqueeze(0)))
+    wanted_BTK = _preview_classes(head, targets.ids_BTK)
+    wanted_BTK = wanted_BTK.masked_fill(~targets.known_BTK, IGNORED_LABEL)
+    queries_XR = torch.einsum("btr,ksr->btks", tap.query_BTR, head.horizon_maps).flatten(0, 2)
+    rows = max(1, _LOGIT_BYTES // (4 * len(vocabulary)))
+    pieces = zip(queries_XR.split(rows), wanted_BTK.flatten().split(rows), strict=True)
+    parts = [
+        checkpoint(_class_cross_entropy, query, vocabulary, wanted, use_reentrant=False)
+        for query, wanted in pieces
+    ]
+    return torch.cat(parts).view(wanted_BTK.shape)
+
+
+def _class_cross_entropy(query: Tensor, vocabulary: Tensor, wanted: Tensor) -> Tensor:
+    return F.cross_entropy(
+        F.linear(query, vocabulary).float(), wanted, ignore_index=IGNORED_LABEL, reduction="none"
+    )
+
+
+def _preview_classes(head: PreviewHead, ids: Tensor) -> Tensor:
+    """Index in the preview vocabulary, or its size (UNK) for tokens outside it."""
+    position = torch.searchsorted(head.token_ids_N, ids).clamp_max(len(head.token_ids_N) - 1)
+    return torch.where(head.token_ids_N[position] == ids, position, len(head.token_ids_N))
+
+
+def preview_loss_sum(ce_BTK: Tensor, inclusion_BTK: Tensor, known_BTK: Tensor) -> Tensor:
+    """Σ over tokens of Σ_h sg(α)·CE / Σ_h sg(α), over horizons with a target (SPEC 2.7).
+
+    α is detached: with its gradient the window would shrink to where prediction is easy.
+    """
+    weight_BTK = inclusion_BTK.detach() * known_BTK
+    weight_BT = weight_BTK.sum(-1)
+    mean_BT = (weight_BTK * ce_BTK).sum(-1) / weight_BT.clamp_min(1e-6)
+    return (mean_BT * known_BTK.any(-1)).sum()
+
+
+def window_target(ce_BTK: Tensor, known_BTK: Tensor, nats: float) -> Tensor:
+    """k* = clip(1 + max{h : CE_{t,h'} <= nats for all h' <= h}, 1, K): one past the readable run (SPEC 2.8)."""
+    readable_BTK = (ce_BTK.detach() <= nats) & known_BTK
+    run_BT = readable_BTK.long().cumprod(-1).sum(-1)
+    return (1 + run_BT).clamp_max(ce_BTK.shape[-1])
+
+
+def window_error_sum(ce_BTK: Tensor, window_BT: Tensor, known_BTK: Tensor, nats: float) -> Tensor:
+    """Σ Huber(ŵ − k*) over tokens all of whose horizons are known."""
+    target_BT = window_target(ce_BTK, known_BTK, nats).float()
+    return (F.huber_loss(window_BT, target_BT, reduction="none") * known_BTK.all(-1)).sum()
