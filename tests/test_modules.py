@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -135,6 +136,43 @@ def test_reduced_embedding_is_never_stale(name: str) -> None:
     after = head.reduced_embedding(embedding)
     torch.testing.assert_close(after, embedding[head.token_ids_N] @ head.embed_proj.weight.T)
     assert (after - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["maps", "taps", "optimizer"])
+def test_laid_out_weights_are_never_stale(name: str) -> None:
+    """Horizon maps and convolution taps are kept in another order between passes without gradients."""
+    model = enliven(fresh())
+    ids = left_padded(3, [9])[0]
+    with torch.inference_mode():
+        before = model(ids).logits
+    weights = {
+        "maps": [model.model.preview.horizon_maps],
+        "taps": [model.model.layers[0].paw.mix.weight],
+    }
+    if name == "optimizer":
+        model(ids).logits.square().mean().backward()
+        for weight in (*weights["maps"], *weights["taps"]):
+            assert weight.grad is not None and weight.grad.abs().max() > 0
+            weight.data -= 0.5 * weight.grad.sign()  # unseen by _version
+    else:
+        with torch.no_grad():
+            weights[name][0].mul_(1.5)
+    with torch.no_grad():
+        after = model(ids).logits
+        wanted = copy.deepcopy(model)(ids).logits
+    assert torch.equal(after, wanted) and (after - before).abs().max() > 1e-4
+
+
+def test_what_inference_kept_serves_training() -> None:
+    model = enliven(fresh())
+    ids = left_padded(3, [9])[0]
+    model.requires_grad_(False)
+    with torch.inference_mode():
+        model(ids)
+    gate = model.model.layers[4].skip_gate.requires_grad_(True)
+    model.model.layers[0].paw.query_bias_R.requires_grad_(True)
+    model(ids, gates="sample", gate_seed=1).logits.square().mean().backward()
+    assert gate.out.weight.grad.abs().max() > 0
 
 
 # --- motion, noise, decisions (SPEC 4) -------------------------------------------------------------------

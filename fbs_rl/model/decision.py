@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,7 +25,12 @@ class Decider:
     forced: frozenset[int]
     position_BT: Tensor
     gated_BT: Tensor
-    noise_LBT: Tensor | None = None
+    noise_LBT: Tensor | None = None  # 1 where no gate may act: no probability is above it
+    bar_BT: Tensor | None = field(init=False, default=None)  # τ; out of reach where no gate may act
+
+    def __post_init__(self) -> None:
+        if self.request.mode is GateMode.THRESHOLD:
+            self.bar_BT = torch.where(self.gated_BT, self.request.tau_B.unsqueeze(1), torch.inf)
 
     @classmethod
     def of(
@@ -41,6 +46,7 @@ class Decider:
             # One decision a block: its members draw the leader's noise.
             leader_L11 = layer_L11 - layer_L11 % config.gate_block
             noise_LBT = gate_uniform(request.seed_B, position_BT, leader_L11)
+            noise_LBT = torch.where(gated_BT, noise_LBT, 1.0)
         forced = config.forced_layers(request.never_skip)
         return cls(config, request, forced, position_BT, gated_BT, noise_LBT)
 
@@ -64,9 +70,10 @@ class Decider:
         if prob_BT is None:
             return None
         if mode is GateMode.THRESHOLD:
-            return (prob_BT >= self.request.tau_B.unsqueeze(1)) & self.gated_BT
+            assert self.bar_BT is not None
+            return prob_BT >= self.bar_BT
         assert self.noise_LBT is not None
-        return (self.noise_LBT[layer] < prob_BT) & self.gated_BT
+        return self.noise_LBT[layer] < prob_BT
 
     def surrogate(self, logit_BT: Tensor, prob_BT: Tensor) -> Tensor:
         """The p whose gradient the straight-through estimator uses (SPEC 4.2, 4.7)."""

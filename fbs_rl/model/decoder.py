@@ -104,6 +104,14 @@ class FBSModel(FBSPreTrainedModel):
             if isinstance(module, NEW_MODULES):
                 yield from module.named_parameters(prefix)
 
+    def forget_derived(self) -> None:
+        """Drop what is kept of weights between calls; needed after writes through `.data` (DeepSpeed's, a sync's)."""
+        if self.preview is not None:
+            self.preview.forget_derived()
+        for layer in self.fbs_layers():
+            if layer.paw is not None:
+                layer.paw.forget_derived()
+
     def run(
         self,
         input_ids: Tensor | None,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fbs_rl.model.attention import attend_sequence, rotate
 from fbs_rl.model.chunk_head import ChunkReader
+from fbs_rl.model.compiled import compilable
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.preview import Paw
 from fbs_rl.model.skip_gate import SkipGate
@@ -94,6 +95,13 @@ class FBSLayer(nn.Module):
         return self.finish(injected_BTd, attended), key, value
 
 
+@compilable
+def run_layer(layer: FBSLayer, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """layer.run_sequence(*arguments)."""
+    return layer.run_sequence(*arguments)
+
+
+@compilable
 def unit_norm(state: Tensor, eps: float) -> Tensor:
     """x̂ = RMSNorm(h) without a weight: what every FBS module reads.
 
@@ -103,6 +111,7 @@ def unit_norm(state: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(state.dtype)
 
 
+@compilable
 def straight_through(
     prob: Tensor, skipped_BTd: Tensor, executed_BTd: Tensor, skip_BT: Tensor
 ) -> Tensor:

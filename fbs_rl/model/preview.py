@@ -8,7 +8,10 @@ function of the one token's state, so sequences and single decoding steps run th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +20,50 @@ from torch.nn import functional as F
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.types import Compression
 
+_Made = TypeVar("_Made")
+
 _CONV_GROUP = 16
 _SHORTLIST_TOKENS = (
     2048  # the [tokens, preview vocabulary] score matrix is made this many tokens at a time
 )
+
+
+class _Kept(Generic[_Made]):
+    """Something made from parameters, remade when one of them changed and at each pass that trains it."""
+
+    def __init__(self) -> None:
+        self._held: tuple[tuple, _Made] | None = None
+
+    def forget(self) -> None:
+        self._held = None
+
+    def get(self, make: Callable[[], _Made], trained: Tensor, *others: Tensor) -> _Made:
+        """make(), or what it gave before. Gradients reach `trained` only."""
+        if torch.is_grad_enabled() and trained.requires_grad:
+            self.forget()  # an optimiser step follows, and some write through .data, unseen by _version
+            return make()
+        # In-place updates bump _version, replaced tensors change data_ptr.
+        marks = tuple(
+            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
+            for t in (trained, *others)
+        )
+        if self._held is None or self._held[0] != marks:
+            with torch.inference_mode(False), torch.no_grad():  # later passes may need gradients
+                self._held = (marks, make())
+        return self._held[1]
+
+
+@dataclass(slots=True, frozen=True)
+class _Derived:
+    """What the head's parameters and the backbone's embedding determine: E_r twice and the mean map.
+
+    A product of one token with a matrix on a CPU reads it two to four times as fast column by column;
+    gathering candidates wants rows.
+    """
+
+    reduced_NR: Tensor
+    reduced_RN: Tensor  # without gradient: it only ranks
+    mean_map_RR: Tensor
 
 
 @dataclass(slots=True)
@@ -41,7 +84,8 @@ class Glance:
     """What one PAW layer saw: the input of the injection and of the gates up to the next PAW layer.
 
     pooled_BTE: ṽ. entropy_BT: H₁ in nats, of the first horizon over the shortlist. window_BT: ŵ in
-    tokens. inclusion_BTK: α. query_BTR: scored against the vocabulary by the losses.
+    tokens. inclusion_BTK: α. query_BTR: scored against the vocabulary by the losses. shortlist: what it
+    was drawn from, the same for the next PAW layer.
     """
 
     pooled_BTE: Tensor
@@ -49,6 +93,7 @@ class Glance:
     window_BT: Tensor
     inclusion_BTK: Tensor
     query_BTR: Tensor
+    shortlist: Shortlist
 
 
 class PreviewHead(nn.Module):
@@ -72,7 +117,8 @@ class PreviewHead(nn.Module):
         self.register_buffer("log_prior_N", torch.empty(size))
         self.token_ids_N: Tensor
         self.log_prior_N: Tensor
-        self._derived: tuple[tuple, Tensor, Tensor] | None = None
+        self._derived: _Kept[_Derived] = _Kept()
+        self._maps: _Kept[Tensor] = _Kept()
 
     def reset_parameters(self) -> None:
         for linear in (self.state_proj, self.embed_proj):
@@ -101,48 +147,45 @@ class PreviewHead(nn.Module):
 
     def reduced_embedding(self, embedding_Vd: Tensor) -> Tensor:
         """E_r [N, R]; recomputed with gradients when P trains, kept between calls otherwise."""
-        return self._derive(embedding_Vd)[0]
+        return self._derive(embedding_Vd).reduced_NR
 
     def forget_derived(self) -> None:
-        """Drop the kept E_r. Needed after writes through `.data`, which leave no trace on a tensor."""
-        self._derived = None
+        """Drop what is kept. Needed after writes through `.data`, which leave no trace on a tensor."""
+        self._derived.forget()
+        self._maps.forget()
 
-    def _derive(self, embedding_Vd: Tensor) -> tuple[Tensor, Tensor]:
-        """(E_r [N, R], mean over horizons of A_h [R, R])."""
-        if torch.is_grad_enabled() and self.embed_proj.weight.requires_grad:
-            self.forget_derived()  # an optimiser step follows, and some write through .data, unseen by _version
-            return self._compute(embedding_Vd)
-        sources = (embedding_Vd, self.embed_proj.weight, self.horizon_maps, self.token_ids_N)
-        # In-place updates bump _version, replaced tensors change data_ptr: either way the copy is remade.
-        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in sources)
-        if self._derived is None or self._derived[0] != key:
-            with torch.no_grad():
-                self._derived = (key, *self._compute(embedding_Vd))
-        return self._derived[1:]
+    def _derive(self, embedding_Vd: Tensor) -> _Derived:
+        def make() -> _Derived:
+            # E is detached: the preview losses must not move the backbone's embedding (SPEC 6.4).
+            reduced = self.embed_proj(embedding_Vd.detach()[self.token_ids_N])
+            mean_map = self.horizon_maps.detach().mean(0)
+            return _Derived(reduced, reduced.detach().t().contiguous(), mean_map)
 
-    def _compute(self, embedding_Vd: Tensor) -> tuple[Tensor, Tensor]:
-        # E is detached: the preview losses must not move the backbone's embedding (SPEC 6.4).
-        reduced = self.embed_proj(embedding_Vd.detach()[self.token_ids_N])
-        return reduced, self.horizon_maps.mean(0)
+        return self._derived.get(
+            make, self.embed_proj.weight, embedding_Vd, self.horizon_maps, self.token_ids_N
+        )
+
+    def _maps_side_by_side(self) -> Tensor:
+        """Every A_h, for q from the left: [R, K·R]. Column by column, as in _Derived."""
+        return self.horizon_maps.flatten(0, 1).t().contiguous()
 
     def horizon_queries(self, query_BTR: Tensor) -> Tensor:
         """A_h q for every horizon: [B, T, K, R]."""
-        flat = F.linear(query_BTR, self.horizon_maps.reshape(-1, self.rank))
-        return flat.unflatten(-1, (self.horizons, self.rank))
+        maps = self._maps.get(self._maps_side_by_side, self.horizon_maps)
+        return (query_BTR @ maps).unflatten(-1, (self.horizons, self.rank))
 
     def shortlist(self, query_BTR: Tensor, embedding_Vd: Tensor) -> Shortlist:
         """The M candidates with the highest mean-horizon score plus log-frequency prior."""
-        reduced_NR, mean_map = self._derive(embedding_Vd)
-        pooled = F.linear(query_BTR, mean_map).detach()
-        tokens = pooled.flatten(0, 1)
+        derived = self._derive(embedding_Vd)
+        tokens = F.linear(query_BTR.detach(), derived.mean_map_RR).flatten(0, 1)
         chunks = [
-            (F.linear(part, reduced_NR.detach()).float() + self.log_prior_N.float())
+            ((part @ derived.reduced_RN).float() + self.log_prior_N.float())
             .topk(self.shortlist_size)
             .indices
             for part in tokens.split(_SHORTLIST_TOKENS)
         ]
         index_BTM = torch.cat(chunks).view(*query_BTR.shape[:2], -1)
-        reduced = F.embedding(index_BTM, reduced_NR)
+        reduced = F.embedding(index_BTM, derived.reduced_NR)
         full = (
             F.embedding(self.token_ids_N[index_BTM], embedding_Vd.detach())
             if self.full_space
@@ -173,11 +216,12 @@ class Paw(nn.Module):
             self.mix = nn.Conv1d(
                 width, width, kernel_size=3, padding=1, groups=width // _CONV_GROUP
             )
+            self._taps: _Kept[Tensor] = _Kept()
         elif self.compression is Compression.LINEAR:
             self.mix = nn.Linear(width * self.horizons, width, bias=False)
         self.up_norm = nn.RMSNorm(config.pooled_width, eps=config.rms_norm_eps)
         self.up = nn.Linear(config.pooled_width, config.hidden_size, bias=False)
-        self.strength = nn.Parameter(torch.empty(()))  # s
+        self.strength = nn.Parameter(torch.empty(1))  # s
 
     def reset_parameters(self) -> None:
         if self.fixed_window is None:
@@ -194,9 +238,14 @@ class Paw(nn.Module):
         nn.init.normal_(self.up.weight, std=self.up.in_features**-0.5)
         nn.init.zeros_(self.strength)
 
+    def forget_derived(self) -> None:
+        """As PreviewHead.forget_derived."""
+        if self.compression is Compression.CONV:
+            self._taps.forget()
+
     def query(self, normed_BTd: Tensor, head: PreviewHead) -> Tensor:
         """The token's query q [B, T, R], before the per-horizon maps."""
-        return head.state_proj(normed_BTd) * self.query_scale_R + self.query_bias_R
+        return torch.addcmul(self.query_bias_R, head.state_proj(normed_BTd), self.query_scale_R)
 
     def forward(
         self,
@@ -210,12 +259,11 @@ class Paw(nn.Module):
         window_BT = self.predict_window(normed_BTd)
         inclusion_BTK = self.include(window_BT, temperature)
         scores_BTKM = head.horizon_queries(query_BTR) @ shortlist.reduced_BTMR.transpose(-1, -2)
-        log_prob_BTKM = F.log_softmax(scores_BTKM, dim=-1, dtype=torch.float32)
-        prob_BTKM = log_prob_BTKM.exp()
-        entropy_BT = -(prob_BTKM[..., 0, :] * log_prob_BTKM[..., 0, :]).sum(-1)
+        prob_BTKM = scores_BTKM.softmax(-1, dtype=torch.float32)
+        entropy_BT = torch.special.entr(prob_BTKM[..., 0, :].detach()).sum(-1)
         expected_BTKE = prob_BTKM.to(scores_BTKM.dtype) @ shortlist.expectation_BTME
         pooled_BTE = self.compress(expected_BTKE, inclusion_BTK.to(expected_BTKE.dtype))
-        return Glance(pooled_BTE, entropy_BT, window_BT, inclusion_BTK, query_BTR)
+        return Glance(pooled_BTE, entropy_BT, window_BT, inclusion_BTK, query_BTR, shortlist)
 
     def predict_window(self, normed_BTd: Tensor) -> Tensor:
         """ŵ = K·σ(u·SiLU(W_w x̂) + b_w) in tokens, float32 (SPEC 2.1); constant in the fixed variant."""
@@ -228,14 +276,14 @@ class Paw(nn.Module):
 
     def include(self, window_BT: Tensor, temperature: float) -> Tensor:
         """α [B, T, K] (SPEC 2.2). Hard: {h : h < ŵ + ½} = {h : soft α > ½}, and always h = 1."""
-        horizon_K = torch.arange(1, self.horizons + 1, device=window_BT.device, dtype=torch.float32)
-        margin_BTK = window_BT.unsqueeze(-1) - horizon_K + 0.5
+        margin_BTK = window_BT.unsqueeze(-1) - _horizon_edges(self.horizons, window_BT.device)
         if self.fixed_window is not None:
             return (margin_BTK > 0).float()
         soft = torch.sigmoid(margin_BTK / temperature)
         if not self.hard:
             return soft
-        hard = ((margin_BTK > 0) | (horizon_K == 1)).float()
+        hard = (margin_BTK > 0).float()
+        hard[..., 0] = 1.0
         return hard + (soft - soft.detach()) if soft.requires_grad else hard
 
     def compress(self, expected_BTKE: Tensor, inclusion_BTK: Tensor) -> Tensor:
@@ -257,14 +305,24 @@ class Paw(nn.Module):
         groups = values_BTKE.shape[-1] // _CONV_GROUP
         padded = F.pad(values_BTKE, (0, 0, 1, 1)).unflatten(-1, (groups, _CONV_GROUP))
         windows = torch.cat([padded[..., i : i + self.horizons, :, :] for i in range(3)], dim=-1)
-        taps_GIO = (
-            self.mix.weight.unflatten(0, (groups, _CONV_GROUP)).permute(0, 3, 2, 1).flatten(1, 2)
-        )
+        taps_GIO = self._taps.get(self._group_taps, self.mix.weight)
         tokens_GNI = windows.flatten(0, 2).transpose(0, 1)
         assert self.mix.bias is not None
         mixed_GNO = torch.baddbmm(self.mix.bias.view(groups, 1, -1), tokens_GNI, taps_GIO)
         return mixed_GNO.transpose(0, 1).flatten(-2).view_as(values_BTKE)
 
-    def inject(self, state_BTd: Tensor, glance: Glance) -> Tensor:
+    def _group_taps(self) -> Tensor:
+        """The convolution's weights per group, inputs by (tap, channel): [G, 48, 16]."""
+        groups_GOIH = self.mix.weight.unflatten(0, (-1, _CONV_GROUP))
+        return groups_GOIH.permute(0, 3, 2, 1).flatten(1, 2)
+
+    def inject(self, state_BTd: Tensor, pooled_BTE: Tensor) -> Tensor:
         """h̃ = h + s·W_up·RMSNorm(ṽ) (SPEC 2.5, 2.6)."""
-        return state_BTd + self.strength * self.up(self.up_norm(glance.pooled_BTE))
+        return torch.addcmul(state_BTd, self.up(self.up_norm(pooled_BTE)), self.strength)
+
+
+@lru_cache(maxsize=8)
+def _horizon_edges(horizons: int, device: torch.device) -> Tensor:
+    """h − ½ for h = 1..K."""
+    with torch.inference_mode(False):  # passes with gradients use it too
+        return torch.arange(1, horizons + 1, device=device, dtype=torch.float32) - 0.5

@@ -13,8 +13,8 @@ from fbs_rl.model.attention import sequence_mask
 from fbs_rl.model.chunk_head import Segmentation, close_probability, segment
 from fbs_rl.model.decision import Decider
 from fbs_rl.model.kv_cache import ChunkState, FBSCache, ReaderChunks, open_chunk_sum
-from fbs_rl.model.layer import FBSLayer, Rope, straight_through, unit_norm
-from fbs_rl.model.preview import Glance, Shortlist
+from fbs_rl.model.layer import FBSLayer, Rope, run_layer, straight_through, unit_norm
+from fbs_rl.model.preview import Glance
 from fbs_rl.model.skip_gate import Motion
 from fbs_rl.types import ChunkTap, KVPolicy, PassTaps, PreviewTap
 
@@ -49,7 +49,6 @@ class _Walk:
     """What travels from layer to layer beside the state."""
 
     motion_BT2: Tensor
-    shortlist: Shortlist | None = None
     glance: Glance | None = None
     segmentation: Segmentation | None = None
     logit_BT: Tensor | None = None
@@ -91,16 +90,8 @@ def _look(
     """h̃: the state with what PAW and the Chunk-Head add at this layer (the state itself if neither does)."""
     injected = state
     if layer.paw is not None:
-        assert model.preview is not None
-        query = layer.paw.query(normed, model.preview)
-        if walk.shortlist is None:
-            walk.shortlist = model.preview.shortlist(query, model.embed_tokens.weight)
-        glance = layer.paw(normed, query, model.preview, walk.shortlist, window_temperature)
-        walk.glance = glance
-        taps.previews.append(
-            PreviewTap(layer.index, glance.query_BTR, glance.window_BT, glance.inclusion_BTK)
-        )
-        injected = layer.paw.inject(injected, glance)
+        walk.glance = look_ahead(model, layer, normed, walk.glance, taps, window_temperature)
+        injected = layer.paw.inject(injected, walk.glance.pooled_BTE)
     if layer.index == model.config.boundary_layer:
         _segment(model, normed, tokens, walk, taps, cache)
     if layer.chunk_reader is not None:
@@ -113,6 +104,23 @@ def _look(
                 layer, normed, walk.segmentation, summaries, cache.poison
             )
     return injected
+
+
+def look_ahead(
+    model: FBSModel, layer: FBSLayer, normed: Tensor, earlier: Glance | None, taps: PassTaps,
+    window_temperature: float,
+) -> Glance:  # fmt: skip
+    """What a PAW layer sees. earlier: what the PAW layer before it saw, whose shortlist stays in use."""
+    assert layer.paw is not None and model.preview is not None
+    query = layer.paw.query(normed, model.preview)
+    shortlist = None if earlier is None else earlier.shortlist
+    if shortlist is None:
+        shortlist = model.preview.shortlist(query, model.embed_tokens.weight)
+    glance = layer.paw(normed, query, model.preview, shortlist, window_temperature)
+    taps.previews.append(
+        PreviewTap(layer.index, glance.query_BTR, glance.window_BT, glance.inclusion_BTK)
+    )
+    return glance
 
 
 def _segment(
@@ -175,10 +183,10 @@ def _pass_layer(
         mask = sequence_mask(length, device, tokens.valid_BT, tokens.document_BT, skip)
     arguments = (state, normed, injected, skip, tokens.rope, mask)
     if model.gradient_checkpointing and model.training and torch.is_grad_enabled():
-        rerun: Any = checkpoint(layer.run_sequence, *arguments, use_reentrant=False)
+        rerun: Any = checkpoint(run_layer, layer, *arguments, use_reentrant=False)
         executed, key, value = rerun
     else:
-        executed, key, value = layer.run_sequence(*arguments)
+        executed, key, value = run_layer(layer, *arguments)
     if cache is not None:
         cache.layers[layer.index].append(key, value, tokens.valid_BT)
     moved = Motion.between(state, executed)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fbs_rl.model.compiled import compilable
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.preview import Glance
 from fbs_rl.types import GateInputs
@@ -24,13 +25,17 @@ class Motion:
         return torch.tensor([0.0, 1.0], device=device).expand(batch, length, 2)
 
     @staticmethod
-    @torch.no_grad()
+    @compilable
     def between(before_BTd: Tensor, after_BTd: Tensor) -> Tensor:
         """[B, T, 2] float32: (δ, cos)."""
-        before, after = before_BTd.float(), after_BTd.float()
-        norm = torch.linalg.vector_norm(before, dim=-1).clamp_min(1e-10)
-        moved = torch.linalg.vector_norm(after - before, dim=-1) / norm
-        return torch.stack((moved, F.cosine_similarity(before, after, dim=-1)), dim=-1)
+        before, after = before_BTd.detach().float(), after_BTd.detach().float()
+        moved = torch.linalg.vector_norm(after - before, dim=-1, keepdim=True)
+        along = (before * after).sum(-1, keepdim=True) / _length(after)
+        return torch.cat((moved, along), dim=-1) / _length(before)
+
+
+def _length(state_BTd: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(state_BTd, dim=-1, keepdim=True).clamp_min(1e-10)
 
 
 class SkipGate(nn.Module):

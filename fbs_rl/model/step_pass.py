@@ -13,32 +13,57 @@ import torch
 from torch import Tensor
 
 from fbs_rl.model.attention import attend_step
-from fbs_rl.model.chunk_head import ChunkReader, close_probability
+from fbs_rl.model.chunk_head import ChunkReader, bias_columns, close_probability
+from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.decision import Decider
 from fbs_rl.model.kv_cache import ChunkState, FBSCache, ReaderChunks
 from fbs_rl.model.layer import FBSLayer, Rope, unit_norm
-from fbs_rl.model.preview import Glance, Shortlist
-from fbs_rl.model.sequence_pass import PassResult, Tokens
+from fbs_rl.model.preview import Glance
+from fbs_rl.model.sequence_pass import PassResult, Tokens, look_ahead
 from fbs_rl.model.skip_gate import Motion
-from fbs_rl.types import B_LABEL, I_LABEL, ChunkTap, GateMode, KVPolicy, PassTaps, PreviewTap
+from fbs_rl.types import B_LABEL, I_LABEL, ChunkTap, GateMode, KVPolicy, PassTaps
 
 if TYPE_CHECKING:
     from fbs_rl.model.modeling import FBSModel
 
 
 @dataclass(slots=True)
+class _Chunks:
+    """What the chunk layers of one step share.
+
+    used: slots of their rings that any row has written. column_B1C: of the null slot and these, as in
+    bias_columns. written_BC1: which of them a row has written (None: all). finished_F: rows whose open
+    chunk closes, with its slot_F and size_F1. kept_B1: 0 where a new chunk begins, else 1.
+    """
+
+    used: int
+    column_B1C: Tensor
+    written_BC1: Tensor | None
+    finished_F: Tensor
+    slot_F: Tensor
+    size_F1: Tensor
+    kept_B1: Tensor
+
+
+@dataclass(slots=True)
 class _Step:
-    """What travels from layer to layer of one step."""
+    """What travels from layer to layer of one step. Its motion is worked out when a gate asks for it."""
 
     motion_B12: Tensor
-    none_B1: Tensor  # z of a layer that nobody can skip
+    none_B1: Tensor  # z of a layer that nobody can skip, and its probability
+    never_B1: Tensor
     gates_act: bool  # a dense step, the baseline of every comparison, computes no gate
-    shortlist: Shortlist | None = None
+    moved: tuple[Tensor, Tensor] | None = None  # states around a layer, not yet in motion_B12
     glance: Glance | None = None
-    closes_B: Tensor | None = None
+    chunks: _Chunks | None = None
     prob_B1: Tensor | None = None
     prob: list[Tensor] = field(default_factory=list)
     skip: list[Tensor] = field(default_factory=list)
+
+    def motion(self) -> Tensor:
+        if self.moved is not None:
+            self.motion_B12, self.moved = Motion.between(*self.moved), None
+        return self.motion_B12
 
 
 def run_step(
@@ -49,7 +74,7 @@ def run_step(
     batch = state.shape[0]
     gates_act = decider.request.mode in (GateMode.THRESHOLD, GateMode.SAMPLE)
     none_B1 = torch.zeros_like(decider.gated_BT)
-    step = _Step(Motion.still(batch, 1, state.device), none_B1, gates_act)
+    step = _Step(Motion.still(batch, 1, state.device), none_B1, none_B1.float(), gates_act)
     taps = PassTaps(gated_BT=decider.gated_BT, valid_BT=tokens.valid_BT)
     for layer in model.fbs_layers():
         normed = unit_norm(state, model.config.rms_norm_eps)
@@ -57,8 +82,13 @@ def run_step(
         skip = _decide(layer, normed, decider, step)
         state = _pass_layer(model, layer, state, normed, skip, tokens, step, cache)
         if layer.chunk_reader is not None:
-            _extend_chunks(layer.chunk_reader, normed, tokens.valid_BT, step, cache, layer.index)
-    _advance_chunks(tokens.valid_BT, step, cache)
+            _extend_chunks(
+                layer.chunk_reader,
+                normed,
+                tokens.valid_BT,
+                step.chunks,
+                _ring(layer, normed, cache),
+            )
     taps.final_state_BTd = state
     return PassResult(state, torch.stack(step.prob), torch.stack(step.skip), taps)
 
@@ -69,33 +99,18 @@ def _look(
 ) -> None:  # fmt: skip
     """Preview and boundary: they run whether or not the layer is skipped."""
     if layer.paw is not None:
-        assert model.preview is not None
-        query = layer.paw.query(normed, model.preview)
-        if step.shortlist is None:
-            step.shortlist = model.preview.shortlist(query, model.embed_tokens.weight)
-        glance = layer.paw(normed, query, model.preview, step.shortlist, window_temperature)
-        step.glance = glance
-        taps.previews.append(
-            PreviewTap(layer.index, glance.query_BTR, glance.window_BT, glance.inclusion_BTK)
-        )
+        step.glance = look_ahead(model, layer, normed, step.glance, taps, window_temperature)
     if layer.index == model.config.boundary_layer:
         assert model.boundary is not None
         logits, blank = model.boundary(normed)
         if cache.chunks is None:
             cache.chunks = ChunkState.empty(normed.shape[0], normed.device)
-        label_B = logits[:, 0].argmax(-1)
-        continues_B = (label_B == I_LABEL) & cache.chunks.continuable_B
-        closes_B = ~continues_B if tokens.valid_BT is None else ~continues_B & tokens.valid_BT[:, 0]
-        cache.chunks.continuable_B = torch.where(
-            closes_B, label_B == B_LABEL, cache.chunks.continuable_B
-        )
-        step.closes_B = closes_B
+        before_B1 = cache.chunks.closed_B.unsqueeze(1)
+        closes_B = _closes(cache.chunks, logits[:, 0].argmax(-1), tokens.valid_BT)
+        step.chunks = _plan_chunks(model.config, cache.chunks, closes_B)
+        _advance_chunks(cache.chunks, closes_B, tokens.valid_BT)
         taps.chunks = ChunkTap(
-            logits,
-            blank,
-            close_probability(logits),
-            closes_B.unsqueeze(1),
-            cache.chunks.closed_B.unsqueeze(1),
+            logits, blank, close_probability(logits), closes_B.unsqueeze(1), before_B1
         )
 
 
@@ -104,11 +119,11 @@ def _decide(layer: FBSLayer, normed: Tensor, decider: Decider, step: _Step) -> T
     if decider.leads(layer.index):
         gate = layer.skip_gate if step.gates_act else None
         step.prob_B1 = (
-            None if gate is None else torch.sigmoid(gate(normed, step.motion_B12, step.glance))
+            None if gate is None else torch.sigmoid(gate(normed, step.motion(), step.glance))
         )
     skip_B1 = decider.skip(layer.index, step.prob_B1)
     prob_B1 = None if layer.index in decider.forced else step.prob_B1
-    step.prob.append(step.none_B1.float() if prob_B1 is None else prob_B1)
+    step.prob.append(step.never_B1 if prob_B1 is None else prob_B1)
     step.skip.append(step.none_B1 if skip_B1 is None else skip_B1)
     return None if skip_B1 is None else skip_B1[:, 0]
 
@@ -118,11 +133,10 @@ def _pass_layer(
     step: _Step, cache: FBSCache,
 ) -> Tensor:  # fmt: skip
     """The layer for the rows that run it, the skip path for the rest."""
-    skipping = 0 if skip_B is None else int(skip_B.sum())
+    skipping = 0 if skip_B is None else sum(skip_B.tolist())
     if skipping == 0:
         executed = _execute(layer, state, normed, None, None, tokens, step, cache)
-        if step.gates_act:
-            step.motion_B12 = Motion.between(state, executed)
+        step.moved = (state, executed)
         return executed
     assert skip_B is not None
     projects = model.config.kv_on_skip == KVPolicy.PROJECT
@@ -141,7 +155,7 @@ def _pass_layer(
     result = result.index_copy(0, skip_rows, layer.skip_path(state[skip_rows], normed[skip_rows]))
     if step.gates_act:
         moved = Motion.between(state[run_rows], executed)
-        step.motion_B12 = step.motion_B12.index_copy(0, run_rows, moved)
+        step.motion_B12 = step.motion().index_copy(0, run_rows, moved)
     return result
 
 
@@ -158,10 +172,10 @@ def _execute(
     injected = rows_state
     if layer.paw is not None:
         assert step.glance is not None
-        injected = layer.paw.inject(injected, _glance_rows(step.glance, run_rows))
-    if layer.chunk_reader is not None and cache.chunks is not None:
+        injected = layer.paw.inject(injected, _rows(step.glance.pooled_BTE, run_rows))
+    if layer.chunk_reader is not None:
         injected = injected + _read_chunks(
-            layer.chunk_reader, _rows(normed, run_rows), cache.chunks, layer.index, run_rows
+            layer.chunk_reader, normed, step.chunks, _ring(layer, normed, cache), run_rows
         )
     normed_in = layer.input_norm(injected, rows_state, _rows(normed, run_rows))
     rope = _rope_rows(tokens.rope, run_rows)
@@ -207,85 +221,85 @@ def _rope_rows(rope: Rope, rows: Tensor | None) -> Rope:
     return _rows(rope[0], rows), _rows(rope[1], rows)
 
 
-def _glance_rows(glance: Glance, rows: Tensor | None) -> Glance:
-    if rows is None:
-        return glance
-    return Glance(
-        glance.pooled_BTE[rows],
-        glance.entropy_BT,
-        glance.window_BT,
-        glance.inclusion_BTK,
-        glance.query_BTR,
-    )
-
-
 def _scatter(rows_tensor: Tensor, rows: Tensor, batch: int) -> Tensor:
     return rows_tensor.new_zeros(batch, *rows_tensor.shape[1:]).index_copy(0, rows, rows_tensor)
 
 
-def _read_chunks(
-    reader: ChunkReader, normed: Tensor, chunks: ChunkState, layer: int, rows: Tensor | None
-) -> Tensor:
-    """The addition to h̃ from the chunks closed before this token."""
-    closed_B1 = _rows(chunks.closed_B, rows).view(-1, 1, 1)
-    ring = chunks.readers.get(layer)
-    width = reader.key.out_features
-    if ring is None:
-        empty = normed.new_zeros(normed.shape[0], 0, width)
-        nothing = torch.zeros(normed.shape[0], 1, 0, dtype=torch.long, device=normed.device)
-        return reader.attend(normed, empty, empty, nothing, nothing.bool())
+def _closes(chunks: ChunkState, label_B: Tensor, valid_B1: Tensor | None) -> Tensor:
+    """Where this token closes the open chunk, or would if there were one, and opens the next."""
+    closes_B = (label_B != I_LABEL) | ~chunks.continuable_B
+    if valid_B1 is not None:
+        closes_B = closes_B & valid_B1[:, 0]
+    chunks.continuable_B = torch.where(closes_B, label_B == B_LABEL, chunks.continuable_B)
+    return closes_B
+
+
+def _plan_chunks(config: FBSConfig, chunks: ChunkState, closes_B: Tensor) -> _Chunks:
     counts = chunks.closed_B.tolist()
-    used = min(max(counts), reader.cap)
-    slot_C = torch.arange(used, device=normed.device)
-    distance_B1C = (closed_B1 - 1 - slot_C) % reader.cap
-    written_B1C = slot_C < closed_B1
-    key, value = _rows(ring.key_BCW[:, :used], rows), _rows(ring.value_BCW[:, :used], rows)
-    if min(counts) < used:  # slots that a row has not written hold anything
-        keep_BC1 = written_B1C.transpose(1, 2)
-        key, value = torch.where(keep_BC1, key, 0.0), torch.where(keep_BC1, value, 0.0)
-    return reader.attend(normed, key, value, distance_B1C, written_B1C)
+    used = min(max(counts), config.chunk_cache)
+    slot_C = torch.arange(used, device=closes_B.device)
+    closed_B11 = chunks.closed_B.view(-1, 1, 1)
+    written_B1C = slot_C < closed_B11
+    distance_B1C = (closed_B11 - 1 - slot_C) % config.chunk_cache
+    finished_F = (closes_B & (chunks.open_size_B > 0)).nonzero()[:, 0]
+    return _Chunks(
+        used,
+        bias_columns(distance_B1C, written_B1C, config.chunk_distance_buckets, config.chunk_cache),
+        written_B1C.transpose(1, 2) if min(counts) < used else None,
+        finished_F,
+        chunks.closed_B[finished_F] % config.chunk_cache,
+        chunks.open_size_B[finished_F].unsqueeze(-1),
+        (~closes_B).float().unsqueeze(-1),
+    )
 
 
-def _extend_chunks(
-    reader: ChunkReader,
-    normed: Tensor,
-    valid_B1: Tensor | None,
-    step: _Step,
-    cache: FBSCache,
-    layer: int,
-) -> None:
-    """Close the open chunk of the rows that close it, then add this token to the (new) open chunk."""
-    chunks = cache.chunks
-    assert chunks is not None and step.closes_B is not None
-    if layer not in chunks.readers:
+def _advance_chunks(chunks: ChunkState, closes_B: Tensor, valid_B1: Tensor | None) -> None:
+    """Count the chunk that this token closes and the token itself."""
+    chunks.closed_B = chunks.closed_B + (closes_B & (chunks.open_size_B > 0))
+    grown = torch.where(closes_B, 0, chunks.open_size_B) + 1
+    chunks.open_size_B = (
+        grown if valid_B1 is None else torch.where(valid_B1[:, 0], grown, chunks.open_size_B)
+    )
+
+
+def _ring(layer: FBSLayer, normed: Tensor, cache: FBSCache) -> ReaderChunks:
+    """The chunks of one chunk layer in the cache, made on first use."""
+    reader, chunks = layer.chunk_reader, cache.chunks
+    assert reader is not None and chunks is not None
+    if layer.index not in chunks.readers:
         blank = float("nan") if cache.poison else 0.0
         shape = (normed.shape[0], reader.cap, reader.key.out_features)
-        chunks.readers[layer] = ReaderChunks(
+        chunks.readers[layer.index] = ReaderChunks(
             normed.new_full(shape, blank),
             normed.new_full(shape, blank),
             torch.zeros_like(normed[:, 0], dtype=torch.float32),
         )
-    ring = chunks.readers[layer]
-    closing = (step.closes_B & (chunks.open_size_B > 0)).nonzero()[:, 0]
-    if len(closing):
-        mean = ring.open_sum_Bd[closing] / chunks.open_size_B[closing].unsqueeze(-1)
-        summary = reader.summarise(mean.to(normed.dtype))
-        slot = chunks.closed_B[closing] % reader.cap
-        ring.key_BCW[closing, slot] = reader.key(summary)
-        ring.value_BCW[closing, slot] = reader.value(summary)
-    kept = torch.where(step.closes_B.unsqueeze(-1), 0.0, ring.open_sum_Bd)
+    return chunks.readers[layer.index]
+
+
+def _read_chunks(
+    reader: ChunkReader, normed: Tensor, chunks: _Chunks | None, ring: ReaderChunks, rows: Tensor | None
+) -> Tensor:  # fmt: skip
+    """The addition to h̃, of these rows (None: all), from the chunks closed before this token."""
+    assert chunks is not None
+    key, value = ring.key_BCW[:, : chunks.used], ring.value_BCW[:, : chunks.used]
+    if chunks.written_BC1 is not None:  # slots that a row has not written hold anything
+        key, value = (torch.where(chunks.written_BC1, x, 0.0) for x in (key, value))
+    key, value, column = (_rows(x, rows) for x in (key, value, chunks.column_B1C))
+    return reader.attend(_rows(normed, rows), key, value, column)
+
+
+def _extend_chunks(
+    reader: ChunkReader, normed: Tensor, valid_B1: Tensor | None, chunks: _Chunks | None, ring: ReaderChunks
+) -> None:  # fmt: skip
+    """Close the open chunk of the rows that close it, then add this token to the (new) open chunk."""
+    assert chunks is not None
+    rows, slot = chunks.finished_F, chunks.slot_F
+    if len(rows):
+        summary = reader.summarise((ring.open_sum_Bd[rows] / chunks.size_F1).to(normed.dtype))
+        ring.key_BCW[rows, slot] = reader.key(summary)
+        ring.value_BCW[rows, slot] = reader.value(summary)
     added = normed[:, 0].float()
-    ring.open_sum_Bd = kept + (added if valid_B1 is None else torch.where(valid_B1, added, 0.0))
-
-
-def _advance_chunks(valid_B1: Tensor | None, step: _Step, cache: FBSCache) -> None:
-    """Count the chunk that this token closed and the token itself, once all chunk layers have used the old counts."""
-    chunks = cache.chunks
-    if chunks is None or step.closes_B is None:
-        return
-    closed = step.closes_B & (chunks.open_size_B > 0)
-    chunks.closed_B = chunks.closed_B + closed
-    grown = torch.where(step.closes_B, 0, chunks.open_size_B) + 1
-    chunks.open_size_B = (
-        grown if valid_B1 is None else torch.where(valid_B1[:, 0], grown, chunks.open_size_B)
-    )
+    if valid_B1 is not None:
+        added = torch.where(valid_B1, added, 0.0)
+    ring.open_sum_Bd = torch.addcmul(added, ring.open_sum_Bd, chunks.kept_B1)

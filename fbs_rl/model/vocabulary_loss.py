@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fbs_rl.model.compiled import compilable
 from fbs_rl.types import IGNORED_LABEL, DenseReference
 
 _LOGIT_BYTES = 2**29
@@ -25,6 +29,8 @@ def next_token_labels(labels_BT: Tensor, document_BT: Tensor | None = None) -> T
 
 def cross_entropy_sum(state_BTd: Tensor, head_Vd: Tensor, target_BT: Tensor) -> Tensor:
     """Σ of −log softmax(head·state)[target] in nats, over targets that are not IGNORED_LABEL."""
+    if state_BTd.is_cuda and _liger() is not None:
+        return _liger()(head_Vd, state_BTd.flatten(0, 1), target_BT.flatten())
     rows = _rows(head_Vd)
     pieces = zip(state_BTd.flatten(0, 1).split(rows), target_BT.flatten().split(rows), strict=True)
     return torch.stack([_saving(_cross_entropy, s, head_Vd, target) for s, target in pieces]).sum()
@@ -46,6 +52,20 @@ def divergence_sum(
     return torch.stack(sums).sum()
 
 
+@functools.cache
+def _liger() -> Any:
+    """Liger's fused product and cross entropy, which needs no second product; None where it is not installed."""
+    try:
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearCrossEntropyLoss,
+        )
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyLoss(
+        ignore_index=IGNORED_LABEL, reduction="sum", accum_dtype=torch.float32
+    )
+
+
 def _rows(head_Vd: Tensor) -> int:
     return max(1, _LOGIT_BYTES // (4 * head_Vd.shape[0]))
 
@@ -54,11 +74,13 @@ def _saving(function: object, *arguments: Tensor) -> Tensor:
     return checkpoint(function, *arguments, use_reentrant=False)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
+@compilable
 def _cross_entropy(state_Xd: Tensor, head_Vd: Tensor, target_X: Tensor) -> Tensor:
     logits = F.linear(state_Xd, head_Vd).float()
     return F.cross_entropy(logits, target_X, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
+@compilable
 def _divergence(
     state_Xd: Tensor, head_Vd: Tensor, dense_Xd: Tensor, dense_Vd: Tensor, where_X: Tensor
 ) -> Tensor:
