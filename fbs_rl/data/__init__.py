@@ -1,1 +1,1 @@
-"""Text that ships with the package."""
+"""Text: what ships with the package, and what turns raw text into training shards."""

@@ -1,0 +1,1 @@
+"""Settings files that ship with the project. Each says only what differs from the defaults."""
