@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fbs_rl.model.decision import Decider
+from fbs_rl.model.decision import Decider, Verdict
 from fbs_rl.model.kv_cache import LayerKV
 from fbs_rl.model.layer import straight_through
 from fbs_rl.model.skip_gate import Motion, gate_uniform
@@ -250,12 +250,12 @@ def test_noise_does_not_depend_on_the_batch() -> None:
             assert alone.item() == together[row, t].item()
 
 
-def decider(tau: float, temperature: float, length: int) -> Decider:
+def chooser_of(tau: float, temperature: float, length: int) -> Verdict:
     request = GateRequest(
         GateMode.THRESHOLD, torch.tensor([tau]), torch.tensor([0]), temperature=temperature
     )
     positions = torch.arange(length).unsqueeze(0)
-    return Decider.of(lively().config, request, positions, None)
+    return Decider.of(lively().config, request, positions, None).verdict(0)
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.5, 0.7, 0.8, 0.9, 1.0])
@@ -267,10 +267,11 @@ def test_threshold_is_the_sharpened_probability_above_a_half(
     logit = torch.linspace(-6, 6, 4001).unsqueeze(0)
     border = math.log(tau / (1 - tau)) if 0 < tau < 1 else math.inf
     logit = logit[(logit - border).abs() > 1e-4].unsqueeze(0)
-    chooser = decider(tau, temperature, logit.shape[1])
-    skip = chooser.skip(0, torch.sigmoid(logit))
-    sharpened = chooser.surrogate(logit, torch.sigmoid(logit))
-    assert skip is not None and torch.equal(skip, sharpened > 0.5)
+    chooser = chooser_of(tau, temperature, logit.shape[1])
+    skip = chooser.skip(torch.sigmoid(logit))
+    assert skip is not None
+    sharpened = chooser.surrogate(logit, torch.sigmoid(logit), skip)
+    assert torch.equal(skip, sharpened > 0.5)
     if 0 < tau < 1:
         wanted = torch.sigmoid((logit - border) / temperature)
         torch.testing.assert_close(sharpened, wanted, atol=1e-5, rtol=1e-5)
@@ -280,8 +281,8 @@ def test_threshold_is_the_sharpened_probability_above_a_half(
 
 
 def test_a_probability_equal_to_the_threshold_skips() -> None:
-    chooser = decider(0.5, 1.0, 2)
-    assert chooser.skip(0, torch.tensor([[0.5, 0.4999]])).tolist() == [[True, False]]
+    chooser = chooser_of(0.5, 1.0, 2)
+    assert chooser.skip(torch.tensor([[0.5, 0.4999]])).tolist() == [[True, False]]
 
 
 # --- straight-through gradients (SPEC 4.2) -----------------------------------------------------------------

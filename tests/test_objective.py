@@ -27,7 +27,12 @@ from fbs_rl.model.preview_loss import (
     window_error_sum,
     window_target,
 )
-from fbs_rl.model.vocabulary_loss import cross_entropy_sum, divergence_sum, next_token_labels
+from fbs_rl.model.vocabulary_loss import (
+    _FusedCrossEntropy,
+    cross_entropy_sum,
+    divergence_sum,
+    next_token_labels,
+)
 from fbs_rl.types import ChunkLabels, ChunkTap, DenseReference, PreviewTap
 from tests.tiny import enliven, fresh, left_padded, lively
 
@@ -61,6 +66,25 @@ def test_cross_entropy_equals_a_loop(
     wanted = next_token_labels(labels, documents)
     assert int((wanted >= 0).sum()) == len(terms)
     assert cross_entropy_sum(state, head, wanted).item() == pytest.approx(sum(terms), abs=1e-5)
+
+
+def test_fused_cross_entropy_has_the_gradients_of_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a GPU uses instead, in pieces of five tokens, under a factor."""
+    monkeypatch.setattr("fbs_rl.model.vocabulary_loss._LOGIT_BYTES", 5 * 2 * 11 // 4)
+    state, head = draw(23, 6).requires_grad_(), draw(11, 6, seed=1).requires_grad_()
+    wanted = torch.randint(0, 11, (23,), generator=torch.Generator().manual_seed(2))
+    wanted[::4] = -100
+    found = _FusedCrossEntropy.apply(state, head, wanted)
+    plain = torch.nn.functional.cross_entropy(state @ head.T, wanted, reduction="sum")
+    torch.testing.assert_close(found, plain)
+    for one, other in zip(
+        torch.autograd.grad(0.3 * found, (state, head)),
+        torch.autograd.grad(0.3 * plain, (state, head)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_cross_entropy_without_labels_is_zero() -> None:

@@ -21,25 +21,34 @@ def sequence_mask(
     device: torch.device,
     valid_BT: Tensor | None = None,
     document_BT: Tensor | None = None,
-    absent_BT: Tensor | None = None,
 ) -> Tensor | None:
     """[B, 1, T, T] bool, True where a query (dim 2) may read a key (dim 3); None for plain causal.
 
-    valid_BT: False on padding. document_BT: a query reads its own document only. absent_BT: keys that
-    left no entry (`noop`); a token always reads itself, since if it runs it has an entry.
+    valid_BT: False on padding. document_BT: a query reads its own document only.
     """
-    if valid_BT is None and document_BT is None and absent_BT is None:
+    if valid_BT is None and document_BT is None:
         return None
-    column_T = torch.arange(length, device=device)
-    mask = (column_T[:, None] >= column_T[None, :])[None]
+    mask = _causal(length, device)
     if valid_BT is not None:
         mask = mask & valid_BT[:, None, :]
     if document_BT is not None:
         mask = mask & (document_BT[:, :, None] == document_BT[:, None, :])
-    if absent_BT is not None:
-        mask = mask & ~absent_BT[:, None, :]
-    # The diagonal keeps the softmax of padding and of skipped queries defined; neither is read.
+    # The diagonal keeps the softmax of padding defined; it is not read.
     return (mask | torch.eye(length, dtype=torch.bool, device=device))[:, None]
+
+
+def without_keys(mask_B1TT: Tensor | None, absent_BT: Tensor) -> Tensor:
+    """The mask without keys that left no entry (`noop`); a token always reads itself, since if it runs it has one."""
+    length, device = absent_BT.shape[1], absent_BT.device
+    if mask_B1TT is None:
+        mask_B1TT = _causal(length, device)[:, None]
+    own_TT = torch.eye(length, dtype=torch.bool, device=device)
+    return (mask_B1TT & ~absent_BT[:, None, None, :]) | own_TT
+
+
+def _causal(length: int, device: torch.device) -> Tensor:
+    column_T = torch.arange(length, device=device)
+    return (column_T[:, None] >= column_T[None, :])[None]
 
 
 def attend_sequence(

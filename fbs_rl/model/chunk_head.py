@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fbs_rl.model.compiled import compilable, compiling
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.types import B_LABEL, BIOS, I_LABEL
 
@@ -104,7 +105,7 @@ def segment(
     visible_BT = (F.pad(count_BT, (1, -1)) - 1).clamp_min(0)
     start_id_BT = torch.where(starts_BT, chunk_id_BT, 0)
     first_BT = start_id_BT.cummax(dim=1).values
-    chunks = max(1, int(count_BT.max())) if length else 0
+    chunks = _room(int(count_BT.max())) if length else 0
     return Segmentation(
         opens_BT,
         chunk_id_BT,
@@ -194,7 +195,7 @@ class ChunkReader(nn.Module):
         summary_BNW = chunk_means(self.summarise(normed_BTd), segmentation)
         summary_BNW = summary_BNW * segmentation.close_weight_BN.unsqueeze(-1).to(summary_BNW.dtype)
         column = segmentation.bias_columns(self.buckets, self.cap)
-        addition = self.attend(normed_BTd, self.key(summary_BNW), self.value(summary_BNW), column)
+        addition = _attend(self, normed_BTd, self.key(summary_BNW), self.value(summary_BNW), column)
         return addition, summary_BNW
 
     def attend(
@@ -217,6 +218,20 @@ class ChunkReader(nn.Module):
     @staticmethod
     def _with_null(entries_BNW: Tensor, null_W: Tensor) -> Tensor:
         return torch.cat((null_W.expand(entries_BNW.shape[0], 1, -1), entries_BNW), dim=1)
+
+
+def _room(chunks: int) -> int:
+    """Chunks to make room for: a few sizes only, so that compiled code fits most calls.
+
+    One less than a multiple of 64, since the null slot joins them and aligned products are faster.
+    """
+    return -(-(chunks + 1) // 64) * 64 - 1 if compiling() else max(chunks, 1)
+
+
+@compilable
+def _attend(reader: ChunkReader, *arguments: Tensor) -> Tensor:
+    """reader.attend(*arguments)."""
+    return reader.attend(*arguments)
 
 
 class _TableLookup(torch.autograd.Function):

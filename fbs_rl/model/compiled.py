@@ -24,6 +24,11 @@ def compile_from_now_on() -> None:
     torch._dynamo.config.cache_size_limit = 64  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def compiling() -> bool:
+    """Whether compilation is switched on in this process."""
+    return _on
+
+
 def compilable(function: F) -> F:
     """`function`, which becomes its compiled form once compilation is switched on."""
     compiled: Any = None

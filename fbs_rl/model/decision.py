@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fbs_rl.model.compiled import compiling
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.skip_gate import gate_uniform
 from fbs_rl.types import GateMode, GateRequest
@@ -27,10 +28,15 @@ class Decider:
     gated_BT: Tensor
     noise_LBT: Tensor | None = None  # 1 where no gate may act: no probability is above it
     bar_BT: Tensor | None = field(init=False, default=None)  # τ; out of reach where no gate may act
+    sharpness: tuple[Tensor, float | Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.request.mode is GateMode.THRESHOLD:
             self.bar_BT = torch.where(self.gated_BT, self.request.tau_B.unsqueeze(1), torch.inf)
+            temperature: float | Tensor = self.request.temperature
+            if compiling():  # a number would be compiled in, and it changes from step to step
+                temperature = torch.tensor(temperature, device=self.gated_BT.device)
+            self.sharpness = torch.logit(self.request.tau_B, eps=1e-6).unsqueeze(1), temperature
 
     @classmethod
     def of(
@@ -50,37 +56,65 @@ class Decider:
         forced = config.forced_layers(request.never_skip)
         return cls(config, request, forced, position_BT, gated_BT, noise_LBT)
 
-    @property
-    def learns(self) -> bool:
-        """Whether decisions pass gradients on to the gate (replayed ones are somebody else's)."""
-        return self.request.mode in (GateMode.THRESHOLD, GateMode.SAMPLE)
+    def verdict(self, layer: int) -> Verdict:
+        """How `layer` decides."""
+        request = self.request
+        given_LBT = request.skip_LBT if request.mode is GateMode.REPLAY else None
+        return Verdict(
+            gated_BT=self.gated_BT,
+            asks=layer % self.config.gate_block == 0,
+            dense=request.mode is GateMode.DENSE,
+            protected=layer in self.forced,
+            given_BT=None if given_LBT is None else given_LBT[layer],
+            bar_BT=self.bar_BT,
+            noise_BT=None if self.noise_LBT is None else self.noise_LBT[layer],
+            sharpness=self.sharpness,
+        )
 
-    def leads(self, layer: int) -> bool:
-        """Whether a new decision is taken before this layer."""
-        return layer % self.config.gate_block == 0
 
-    def skip(self, layer: int, prob_BT: Tensor | None) -> Tensor | None:
-        """z [B, T] bool for `layer`; None when nobody can skip it. prob_BT: of the layer's block."""
-        mode = self.request.mode
-        if mode is GateMode.DENSE or layer in self.forced:
+@dataclass(slots=True)
+class Verdict:
+    """How one layer decides; exactly one of given, bar and noise is there unless nothing can skip.
+
+    asks: a new decision is taken before this layer. dense: nothing skips in this call. protected: this layer
+    never does, whatever its block decides. given_BT: actions of somebody
+    else. bar_BT: skip where p reaches it. noise_BT: skip where p is above it. sharpness: (logit τ [B, 1], T) of
+    the surrogate of threshold gates.
+    """
+
+    gated_BT: Tensor
+    asks: bool
+    dense: bool
+    protected: bool
+    given_BT: Tensor | None = None
+    bar_BT: Tensor | None = None
+    noise_BT: Tensor | None = None
+    sharpness: tuple[Tensor, float | Tensor] | None = None
+
+    def skip(self, prob_BT: Tensor | None) -> Tensor | None:
+        """z [B, T] bool; None when nobody can skip. prob_BT: of the layer's block."""
+        if self.dense or self.protected:
             return None
-        if mode is GateMode.REPLAY:
-            assert self.request.skip_LBT is not None
-            return self.request.skip_LBT[layer]
+        if self.given_BT is not None:
+            return self.given_BT
         if prob_BT is None:
             return None
-        if mode is GateMode.THRESHOLD:
-            assert self.bar_BT is not None
+        if self.bar_BT is not None:
             return prob_BT >= self.bar_BT
-        assert self.noise_LBT is not None
-        return self.noise_LBT[layer] < prob_BT
+        assert self.noise_BT is not None
+        return self.noise_BT < prob_BT
 
-    def surrogate(self, logit_BT: Tensor, prob_BT: Tensor) -> Tensor:
-        """The p whose gradient the straight-through estimator uses (SPEC 4.2, 4.7)."""
-        if self.request.mode is not GateMode.THRESHOLD:
-            return prob_BT
-        logit_tau_B = torch.logit(self.request.tau_B, eps=1e-6)
-        return torch.sigmoid((logit_BT - logit_tau_B.unsqueeze(1)) / self.request.temperature)
+    def surrogate(self, logit_BT: Tensor | None, prob_BT: Tensor | None, skip_BT: Tensor) -> Tensor:
+        """The p whose gradient the straight-through estimator uses (SPEC 4.2, 4.7).
+
+        Replayed actions are somebody else's: they pass no gradient on.
+        """
+        if logit_BT is None or prob_BT is None or self.given_BT is not None:
+            return skip_BT.float()
+        if self.sharpness is not None:
+            centre_B1, temperature = self.sharpness
+            prob_BT = torch.sigmoid((logit_BT - centre_B1) / temperature)
+        return torch.where(self.gated_BT, prob_BT, 0.0)
 
 
 def check_replay(config: FBSConfig, request: GateRequest, gated_BT: Tensor) -> None:

@@ -96,12 +96,6 @@ class FBSLayer(nn.Module):
 
 
 @compilable
-def run_layer(layer: FBSLayer, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """layer.run_sequence(*arguments)."""
-    return layer.run_sequence(*arguments)
-
-
-@compilable
 def unit_norm(state: Tensor, eps: float) -> Tensor:
     """x̂ = RMSNorm(h) without a weight: what every FBS module reads.
 
@@ -111,7 +105,6 @@ def unit_norm(state: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(state.dtype)
 
 
-@compilable
 def straight_through(
     prob: Tensor, skipped_BTd: Tensor, executed_BTd: Tensor, skip_BT: Tensor
 ) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fbs_rl.model.compiled import compilable
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.types import Compression
 
@@ -253,16 +254,16 @@ class Paw(nn.Module):
         query_BTR: Tensor,
         head: PreviewHead,
         shortlist: Shortlist,
-        temperature: float,
+        temperature: float | Tensor,
     ) -> Glance:
         """Look ahead from normed_BTd = x̂, with the step's shortlist."""
-        window_BT = self.predict_window(normed_BTd)
-        inclusion_BTK = self.include(window_BT, temperature)
-        scores_BTKM = head.horizon_queries(query_BTR) @ shortlist.reduced_BTMR.transpose(-1, -2)
-        prob_BTKM = scores_BTKM.softmax(-1, dtype=torch.float32)
-        entropy_BT = torch.special.entr(prob_BTKM[..., 0, :].detach()).sum(-1)
-        expected_BTKE = prob_BTKM.to(scores_BTKM.dtype) @ shortlist.expectation_BTME
-        pooled_BTE = self.compress(expected_BTKE, inclusion_BTK.to(expected_BTKE.dtype))
+        taps = None
+        if self.compression is Compression.CONV:
+            taps = self._taps.get(self._group_taps, self.mix.weight)
+        edges = _horizon_edges(self.horizons, normed_BTd.device)
+        pooled_BTE, entropy_BT, window_BT, inclusion_BTK = _look(
+            self, normed_BTd, head.horizon_queries(query_BTR), shortlist, temperature, edges, taps
+        )
         return Glance(pooled_BTE, entropy_BT, window_BT, inclusion_BTK, query_BTR, shortlist)
 
     def predict_window(self, normed_BTd: Tensor) -> Tensor:
@@ -274,9 +275,13 @@ class Paw(nn.Module):
         logit = self.window_out(F.silu(self.window_in(normed_BTd))).squeeze(-1)
         return self.horizons * torch.sigmoid(logit.float())
 
-    def include(self, window_BT: Tensor, temperature: float) -> Tensor:
+    def include(
+        self, window_BT: Tensor, temperature: float | Tensor, edges_K: Tensor | None = None
+    ) -> Tensor:
         """α [B, T, K] (SPEC 2.2). Hard: {h : h < ŵ + ½} = {h : soft α > ½}, and always h = 1."""
-        margin_BTK = window_BT.unsqueeze(-1) - _horizon_edges(self.horizons, window_BT.device)
+        if edges_K is None:
+            edges_K = _horizon_edges(self.horizons, window_BT.device)
+        margin_BTK = window_BT.unsqueeze(-1) - edges_K
         if self.fixed_window is not None:
             return (margin_BTK > 0).float()
         soft = torch.sigmoid(margin_BTK / temperature)
@@ -286,18 +291,20 @@ class Paw(nn.Module):
         hard[..., 0] = 1.0
         return hard + (soft - soft.detach()) if soft.requires_grad else hard
 
-    def compress(self, expected_BTKE: Tensor, inclusion_BTK: Tensor) -> Tensor:
-        """ṽ from the K expected embeddings (SPEC 2.5)."""
+    def compress(
+        self, expected_BTKE: Tensor, inclusion_BTK: Tensor, taps_GIO: Tensor | None = None
+    ) -> Tensor:
+        """ṽ from the K expected embeddings (SPEC 2.5). taps_GIO: the convolution's weights by group."""
         weighted = expected_BTKE * inclusion_BTK.unsqueeze(-1)
         if self.compression is Compression.NONE:
             return weighted.flatten(-2)
         if self.compression is Compression.LINEAR:
             return self.mix(weighted.flatten(-2))
         if self.compression is Compression.CONV:
-            weighted = F.silu(self._convolve(weighted)) * inclusion_BTK.unsqueeze(-1)
+            weighted = F.silu(self._convolve(weighted, taps_GIO)) * inclusion_BTK.unsqueeze(-1)
         return weighted.sum(-2) / (inclusion_BTK.sum(-1, keepdim=True) + 1e-6)
 
-    def _convolve(self, values_BTKE: Tensor) -> Tensor:
+    def _convolve(self, values_BTKE: Tensor, taps_GIO: Tensor | None) -> Tensor:
         """The grouped convolution over horizons, as one batched product.
 
         The library's convolution costs ten times this on the few numbers of a decoding step (CPU).
@@ -305,7 +312,7 @@ class Paw(nn.Module):
         groups = values_BTKE.shape[-1] // _CONV_GROUP
         padded = F.pad(values_BTKE, (0, 0, 1, 1)).unflatten(-1, (groups, _CONV_GROUP))
         windows = torch.cat([padded[..., i : i + self.horizons, :, :] for i in range(3)], dim=-1)
-        taps_GIO = self._taps.get(self._group_taps, self.mix.weight)
+        taps_GIO = self._group_taps() if taps_GIO is None else taps_GIO
         tokens_GNI = windows.flatten(0, 2).transpose(0, 1)
         assert self.mix.bias is not None
         mixed_GNO = torch.baddbmm(self.mix.bias.view(groups, 1, -1), tokens_GNI, taps_GIO)
@@ -319,6 +326,27 @@ class Paw(nn.Module):
     def inject(self, state_BTd: Tensor, pooled_BTE: Tensor) -> Tensor:
         """h̃ = h + s·W_up·RMSNorm(ṽ) (SPEC 2.5, 2.6)."""
         return torch.addcmul(state_BTd, self.up(self.up_norm(pooled_BTE)), self.strength)
+
+
+@compilable
+def _look(
+    paw: Paw,
+    normed_BTd: Tensor,
+    queries_BTKR: Tensor,
+    shortlist: Shortlist,
+    temperature: float | Tensor,
+    edges_K: Tensor,
+    taps_GIO: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ṽ, H₁, ŵ, α) of a PAW layer, from everything that is worked out once for several calls."""
+    window_BT = paw.predict_window(normed_BTd)
+    inclusion_BTK = paw.include(window_BT, temperature, edges_K)
+    scores_BTKM = queries_BTKR @ shortlist.reduced_BTMR.transpose(-1, -2)
+    prob_BTKM = scores_BTKM.softmax(-1, dtype=torch.float32)
+    entropy_BT = torch.special.entr(prob_BTKM[..., 0, :].detach()).sum(-1)
+    expected_BTKE = prob_BTKM.to(scores_BTKM.dtype) @ shortlist.expectation_BTME
+    pooled_BTE = paw.compress(expected_BTKE, inclusion_BTK.to(expected_BTKE.dtype), taps_GIO)
+    return pooled_BTE, entropy_BT, window_BT, inclusion_BTK
 
 
 @lru_cache(maxsize=8)

@@ -11,12 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 from fbs_rl.model.attention import sequence_mask
 from fbs_rl.model.chunk_head import Segmentation, close_probability, segment
+from fbs_rl.model.compiled import compiling
 from fbs_rl.model.decision import Decider
+from fbs_rl.model.gated_layer import LayerPass, pass_layer
 from fbs_rl.model.kv_cache import ChunkState, FBSCache, ReaderChunks, open_chunk_sum
-from fbs_rl.model.layer import FBSLayer, Rope, run_layer, straight_through, unit_norm
+from fbs_rl.model.layer import FBSLayer, Rope, unit_norm
 from fbs_rl.model.preview import Glance
 from fbs_rl.model.skip_gate import Motion
-from fbs_rl.types import ChunkTap, KVPolicy, PassTaps, PreviewTap
+from fbs_rl.types import ChunkTap, PassTaps, PreviewTap
 
 if TYPE_CHECKING:
     from fbs_rl.model.modeling import FBSModel
@@ -61,23 +63,36 @@ def run_sequence(
     model: FBSModel,
     tokens: Tokens,
     decider: Decider,
-    window_temperature: float,
+    window_temperature: float | Tensor,
     cache: FBSCache | None = None,
 ) -> PassResult:
     """Run whole sequences; with `cache` (of prompts, where nothing skips) leave it ready for decoding."""
     state = tokens.state_BTd
     batch, length = tokens.position_BT.shape
+    if compiling():  # a number would be compiled in, and it changes from step to step
+        window_temperature = torch.tensor(window_temperature, device=state.device)
     walk = _Walk(Motion.still(batch, length, state.device))
     taps = PassTaps(gated_BT=decider.gated_BT, valid_BT=tokens.valid_BT)
     plain_mask = sequence_mask(length, state.device, tokens.valid_BT, tokens.document_BT)
+    normed = unit_norm(state, model.config.rms_norm_eps)
+    saves = model.gradient_checkpointing and model.training and torch.is_grad_enabled()
     for layer in model.fbs_layers():
         if tokens.keep_states:
             taps.states.append(state)
-        normed = unit_norm(state, model.config.rms_norm_eps)
         injected = _look(model, layer, state, normed, tokens, walk, taps, window_temperature, cache)
-        state = _pass_layer(
-            model, layer, state, injected, normed, tokens, decider, walk, plain_mask, cache
+        arguments = (
+            layer, state, normed, injected, decider.verdict(layer.index), walk.logit_BT, walk.motion_BT2,
+            walk.glance, tokens.rope, plain_mask,
+        )  # fmt: skip
+        made: Any = (
+            checkpoint(pass_layer, *arguments, use_reentrant=False)
+            if saves
+            else pass_layer(*arguments)
         )
+        _keep(walk, made)
+        if cache is not None:
+            cache.layers[layer.index].append(made.key, made.value, tokens.valid_BT)
+        state, normed = made.state_BTd, made.normed_BTd
     taps.final_state_BTd = state
     taps.soft_skip_LBT = torch.stack(walk.soft)
     return PassResult(state, torch.stack(walk.prob), torch.stack(walk.skip), taps)
@@ -85,7 +100,7 @@ def run_sequence(
 
 def _look(
     model: FBSModel, layer: FBSLayer, state: Tensor, normed: Tensor, tokens: Tokens, walk: _Walk, taps: PassTaps,
-    window_temperature: float, cache: FBSCache | None,
+    window_temperature: float | Tensor, cache: FBSCache | None,
 ) -> Tensor:  # fmt: skip
     """h̃: the state with what PAW and the Chunk-Head add at this layer (the state itself if neither does)."""
     injected = state
@@ -108,7 +123,7 @@ def _look(
 
 def look_ahead(
     model: FBSModel, layer: FBSLayer, normed: Tensor, earlier: Glance | None, taps: PassTaps,
-    window_temperature: float,
+    window_temperature: float | Tensor,
 ) -> Glance:  # fmt: skip
     """What a PAW layer sees. earlier: what the PAW layer before it saw, whose shortlist stays in use."""
     assert layer.paw is not None and model.preview is not None
@@ -167,40 +182,9 @@ def _reader_chunks(
     return ring
 
 
-def _pass_layer(
-    model: FBSModel, layer: FBSLayer, state: Tensor, injected: Tensor, normed: Tensor, tokens: Tokens,
-    decider: Decider, walk: _Walk, plain_mask: Tensor | None, cache: FBSCache | None,
-) -> Tensor:  # fmt: skip
-    """Decide, run the layer for every token, and take its output where the token does not skip."""
-    if decider.leads(layer.index):
-        gate = layer.skip_gate
-        walk.logit_BT = None if gate is None else gate(normed, walk.motion_BT2, walk.glance)
-    prob = None if walk.logit_BT is None else torch.sigmoid(walk.logit_BT)
-    skip = decider.skip(layer.index, prob)
-    mask = plain_mask
-    if skip is not None and model.config.kv_on_skip == KVPolicy.NOOP:
-        length, device = state.shape[1], state.device
-        mask = sequence_mask(length, device, tokens.valid_BT, tokens.document_BT, skip)
-    arguments = (state, normed, injected, skip, tokens.rope, mask)
-    if model.gradient_checkpointing and model.training and torch.is_grad_enabled():
-        rerun: Any = checkpoint(run_layer, layer, *arguments, use_reentrant=False)
-        executed, key, value = rerun
-    else:
-        executed, key, value = run_layer(layer, *arguments)
-    if cache is not None:
-        cache.layers[layer.index].append(key, value, tokens.valid_BT)
-    moved = Motion.between(state, executed)
-    none = torch.zeros_like(decider.gated_BT)
-    visible = prob is not None and layer.index not in decider.forced
-    walk.prob.append(prob if visible and prob is not None else none.float())
-    walk.skip.append(none if skip is None else skip)
-    if skip is None:
-        walk.soft.append(none.float())
-        walk.motion_BT2 = moved
-        return executed
-    surrogate = skip.float()
-    if prob is not None and walk.logit_BT is not None and decider.learns:
-        surrogate = torch.where(decider.gated_BT, decider.surrogate(walk.logit_BT, prob), 0.0)
-    walk.soft.append(skip.float() + (surrogate - surrogate.detach()))
-    walk.motion_BT2 = torch.where(skip.unsqueeze(-1), walk.motion_BT2, moved)
-    return straight_through(surrogate, layer.skip_path(state, normed), executed, skip)
+def _keep(walk: _Walk, made: LayerPass) -> None:
+    """What the next layer and the result need of a layer."""
+    walk.motion_BT2, walk.logit_BT = made.motion_BT2, made.logit_BT
+    walk.prob.append(made.prob_BT)
+    walk.skip.append(made.skip_BT)
+    walk.soft.append(made.soft_BT)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fbs_rl.model.compiled import compilable
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.preview import Glance
 from fbs_rl.types import GateInputs
@@ -25,7 +24,6 @@ class Motion:
         return torch.tensor([0.0, 1.0], device=device).expand(batch, length, 2)
 
     @staticmethod
-    @compilable
     def between(before_BTd: Tensor, after_BTd: Tensor) -> Tensor:
         """[B, T, 2] float32: (δ, cos)."""
         before, after = before_BTd.detach().float(), after_BTd.detach().float()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ def next_token_labels(labels_BT: Tensor, document_BT: Tensor | None = None) -> T
 
 def cross_entropy_sum(state_BTd: Tensor, head_Vd: Tensor, target_BT: Tensor) -> Tensor:
     """Σ of −log softmax(head·state)[target] in nats, over targets that are not IGNORED_LABEL."""
-    if state_BTd.is_cuda and _liger() is not None:
-        return _liger()(head_Vd, state_BTd.flatten(0, 1), target_BT.flatten())
+    if state_BTd.is_cuda and torch.is_grad_enabled():
+        return _FusedCrossEntropy.apply(state_BTd.flatten(0, 1), head_Vd, target_BT.flatten())  # pyright: ignore[reportReturnType]
     rows = _rows(head_Vd)
     pieces = zip(state_BTd.flatten(0, 1).split(rows), target_BT.flatten().split(rows), strict=True)
     return torch.stack([_saving(_cross_entropy, s, head_Vd, target) for s, target in pieces]).sum()
@@ -52,18 +51,53 @@ def divergence_sum(
     return torch.stack(sums).sum()
 
 
-@functools.cache
-def _liger() -> Any:
-    """Liger's fused product and cross entropy, which needs no second product; None where it is not installed."""
-    try:
-        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
-            LigerFusedLinearCrossEntropyLoss,
+class _FusedCrossEntropy(torch.autograd.Function):
+    """cross_entropy_sum with its gradients made in the forward pass, a few thousand tokens at a time.
+
+    Nothing is computed twice and no logits are kept: the way of Liger's fused linear cross entropy (Hsu et al.
+    2024). Its own kernel cuts 16 k tokens of a 150 k vocabulary into 128 pieces and adds to the output
+    embedding's gradient after each, which took a fifth of the whole step of a 0.6B model on an H100.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, state_Xd: Tensor, head_Vd: Tensor, target_X: Tensor) -> Tensor:
+        rows = max(1, 4 * _LOGIT_BYTES // (2 * head_Vd.shape[0]))
+        total = state_Xd.new_zeros((), dtype=torch.float32)
+        state_grad = torch.empty_like(state_Xd)
+        head_grad = torch.zeros_like(head_Vd, dtype=torch.float32)
+        pieces = zip(
+            state_Xd.split(rows), target_X.split(rows), state_grad.split(rows), strict=True
         )
-    except ImportError:
-        return None
-    return LigerFusedLinearCrossEntropyLoss(
-        ignore_index=IGNORED_LABEL, reduction="sum", accum_dtype=torch.float32
-    )
+        for state, target, gradient in pieces:
+            loss, logit_grad = _loss_and_gradient(F.linear(state, head_Vd), target)
+            total += loss
+            torch.mm(logit_grad, head_Vd, out=gradient)
+            head_grad += logit_grad.t() @ state
+        ctx.save_for_backward(state_grad, head_grad.to(head_Vd.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        state_grad, head_grad = ctx.saved_tensors
+        scale = gradients[0]
+        return (
+            (state_grad * scale).to(state_grad.dtype),
+            (head_grad * scale).to(head_grad.dtype),
+            None,
+        )
+
+
+@compilable
+def _loss_and_gradient(logits_XV: Tensor, target_X: Tensor) -> tuple[Tensor, Tensor]:
+    """(Σ cross entropy in nats, its gradient to the logits in their type)."""
+    wide_XV = logits_XV.float()
+    lse_X1 = wide_XV.logsumexp(-1, keepdim=True)
+    counted_X1 = (target_X != IGNORED_LABEL).unsqueeze(-1)
+    column_X1 = target_X.clamp_min(0).unsqueeze(-1)
+    own_X1 = wide_XV.gather(-1, column_X1)
+    every_V = torch.arange(logits_XV.shape[1], device=logits_XV.device)
+    gradient = ((wide_XV - lse_X1).exp() - (every_V == column_X1).float()) * counted_X1
+    return ((lse_X1 - own_X1) * counted_X1).sum(), gradient.to(logits_XV.dtype)
 
 
 def _rows(head_Vd: Tensor) -> int:

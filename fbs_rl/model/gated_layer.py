@@ -1,0 +1,81 @@
+"""One layer of the parallel pass: gate, decide, run, choose. A function of tensors, so that it compiles as one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fbs_rl.model.attention import without_keys
+from fbs_rl.model.compiled import compilable
+from fbs_rl.model.decision import Verdict
+from fbs_rl.model.layer import FBSLayer, Rope, straight_through, unit_norm
+from fbs_rl.model.preview import Glance
+from fbs_rl.model.skip_gate import Motion
+from fbs_rl.types import KVPolicy
+
+
+class LayerPass(NamedTuple):
+    """What a layer leaves behind.
+
+    state_BTd: its output. normed_BTd: x̂ of it. key, value: [B, G, T, D] of every token. logit_BT: of the
+    block's gate (None: it has none). prob_BT, skip_BT: p and z, zero where nobody decides. soft_BT: z̃. motion_BT2:
+    of the last executed layer.
+    """
+
+    state_BTd: Tensor
+    normed_BTd: Tensor
+    key: Tensor
+    value: Tensor
+    logit_BT: Tensor | None
+    prob_BT: Tensor
+    skip_BT: Tensor
+    soft_BT: Tensor
+    motion_BT2: Tensor
+
+
+@compilable
+def pass_layer(
+    layer: FBSLayer,
+    state_BTd: Tensor,
+    normed_BTd: Tensor,
+    injected_BTd: Tensor,
+    verdict: Verdict,
+    logit_BT: Tensor | None,
+    motion_BT2: Tensor,
+    glance: Glance | None,
+    rope: Rope,
+    mask_B1TT: Tensor | None,
+) -> LayerPass:
+    """Run the layer for every token and take its output where the token does not skip.
+
+    state_BTd: h. injected_BTd: h̃. logit_BT: of the block's gate, if an earlier layer of the block asked it.
+    """
+    if verdict.asks:
+        gate = layer.skip_gate
+        logit_BT = None if gate is None else gate(normed_BTd, motion_BT2, glance)
+    prob_BT = None if logit_BT is None else torch.sigmoid(logit_BT)
+    skip_BT = verdict.skip(prob_BT)
+    if skip_BT is not None and layer.config.kv_on_skip == KVPolicy.NOOP:
+        mask_B1TT = without_keys(mask_B1TT, skip_BT)
+    executed, key, value = layer.run_sequence(
+        state_BTd, normed_BTd, injected_BTd, skip_BT, rope, mask_B1TT
+    )
+    moved_BT2 = Motion.between(state_BTd, executed) if layer.config.gate else motion_BT2
+    nothing_BT = torch.zeros_like(verdict.gated_BT)
+    shown_BT = nothing_BT.float() if prob_BT is None or verdict.protected else prob_BT
+    if skip_BT is None:
+        normed = unit_norm(executed, layer.config.rms_norm_eps)
+        soft_BT = nothing_BT.float()
+        return LayerPass(
+            executed, normed, key, value, logit_BT, shown_BT, nothing_BT, soft_BT, moved_BT2
+        )
+    surrogate_BT = verdict.surrogate(logit_BT, prob_BT, skip_BT)
+    soft_BT = skip_BT.float() + (surrogate_BT - surrogate_BT.detach())
+    chosen = straight_through(
+        surrogate_BT, layer.skip_path(state_BTd, normed_BTd), executed, skip_BT
+    )
+    motion = torch.where(skip_BT.unsqueeze(-1), motion_BT2, moved_BT2)
+    normed = unit_norm(chosen, layer.config.rms_norm_eps)
+    return LayerPass(chosen, normed, key, value, logit_BT, shown_BT, skip_BT, soft_BT, motion)
