@@ -1,5 +1,7 @@
 """python -m fbs_rl.bench decode: time per decoding step on this machine, dense against skipping.
 
+`python -m fbs_rl.bench train` is in bench_train.py.
+
 All variants run in one process and take turns, one step each, so that a busy machine slows them alike;
 figures are medians, and ratios are of medians. Forced rates: the gates are computed in full, but their
 last layer is set to give one constant probability, so that the measured skip ratio is the one asked for
@@ -45,7 +47,12 @@ Step = Callable[[], float]
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["train"]:
+        from fbs_rl.bench_train import main as train
+
+        return train(given[1:])
+    arguments = _parser().parse_args(given)
     try:
         _check(arguments)
     except (ValueError, OSError) as error:

@@ -1,108 +1,149 @@
-"""python -m fbs_rl.quickstart (`make run`): SmolLM2-135M becomes an FBS model, and what skipping costs it is measured.
+"""python -m fbs_rl.quickstart (`make run`): SmolLM2-135M becomes an FBS model, learns to skip, and is measured.
 
-Gates and skip adapters are fitted in closed form to text that the project ships (no training yet), the
-threshold is calibrated to a few skip ratios, and perplexity on held-out text is compared with random
-gates and with dropping fixed layers, all with the same adapters.
+1. Text that the project ships, English and Chinese, becomes shards.
+2. Skip adapters and gates are fitted to a few windows of it in closed form: a start for training.
+3. Stage 1 trains for a few dozen small steps, through the same path as a large run (Ray, DeepSpeed).
+4. Held-out perplexity at a few skip ratios: dense, gated before and after training, and two baselines.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, track
-from rich.table import Table
+from rich.progress import Progress
 from torch import Tensor
 
-from fbs_rl.checkpoint import LoadedModel, load_model, save_gates
+from fbs_rl import pretrain
+from fbs_rl.checkpoint import LoadedModel, load_model
+from fbs_rl.config import load_settings
 from fbs_rl.data.samples import load_sample
 from fbs_rl.data.sequences import cut_sequences
-from fbs_rl.model.backbone import SMOLLM2
-from fbs_rl.model.baselines import random_skip, removal_harm, static_skip
-from fbs_rl.model.calibration import SkipQuality, calibrate_tau, measure_quality
+from fbs_rl.data.shards import write_shards
+from fbs_rl.model.backbone import SMOLLM2, ModelSource, check_family
 from fbs_rl.model.configuration import FBSConfig
-from fbs_rl.model.gate_fit import fit_adapters, fit_gates
+from fbs_rl.model.gate_fit import ClosedFormFit, centre_gates, fit_in_closed_form
 from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.run_folder import RunFolder
+from fbs_rl.skip_comparison import BISECTIONS, LANGUAGES, SkipComparison, Texts
+from fbs_rl.training.settings import PretrainSettings
 
-LANGUAGES = {"en": "English", "zh": "Chinese"}
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """Token sequences [N, T]: fit, and held-out ones by language."""
-
-    fit_NT: Tensor
-    heldout: dict[str, Tensor]
-    decode_start: int
-
-
-@dataclass(slots=True)
-class Comparison:
-    """Quality by (variant, asked ratio) and language."""
-
-    rows: dict[tuple[str, float], dict[str, SkipQuality]] = field(default_factory=dict)
-    taus: dict[float, float] = field(default_factory=dict)
+CONFIG = "quickstart"
+"""Of the training: configs/quickstart.yaml."""
+_TRAIN_TOKENS = 30_000
+"""Of each language that become shards; the default budget reads about a sixth of them."""
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     console = Console(stderr=False, highlight=False)
     try:
-        ratios = _ratios(options.ratios)
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                "--device is cuda, but torch finds no CUDA device here; use --device cpu"
-            )
-        _check_sizes(options.sequences, options.length)
-        FBSConfig.preset(options.preset)
+        ratios = _check(options)
         run = RunFolder.plan("quickstart", options.out)
+        settings = training_settings(options, run.path)
+        _check_model(options.model, options.preset, ratios, options.length)
         console.print(f"Reading {options.model} ...")
         loaded = load_model(
             options.model, fbs=FBSConfig.preset(options.preset), dtype=torch.float32
         )
-        model: Any = loaded.model
-        model.to(options.device)
         texts = read_texts(loaded, options.sequences, options.length)
     except (ValueError, OSError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
+    if options.device == "cpu":
+        # transformers looks for DeepSpeed, which would warn that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     run.open("quickstart", vars(options))
     started = time.monotonic()
-    order = fit(loaded.model, texts, console)
-    comparison = compare(loaded.model, texts, ratios, order, console)
-    _save(run, loaded, comparison, ratios, time.monotonic() - started)
-    console.print(_table(comparison))
-    console.print(
-        f"Perplexity on {texts.decode_start}..{options.length} of held-out windows; in brackets the share of layers "
-        f"skipped. Fitted on {texts.fit_NT.numel()} tokens, not trained: training is what makes skipping cheap.\n"
-        f"Saved to {run.path}. Now see it skip:\n"
-        f'  python -m fbs_rl.generate {run.path}/final --prompt "Why is the sky blue?" --compare-dense',
-        soft_wrap=True,
-    )
+    comparison = SkipComparison(texts, console)
+    order = before_training(run, loaded, comparison, ratios, options)
+    del loaded
+    gc.collect()
+    code = train(run, settings, options)
+    if code:
+        return code
+    after_training(run, comparison, ratios, order, options.device)
+    _summarise(run, comparison, settings, options.length, time.monotonic() - started)
+    console.print(comparison.table())
+    console.print(_reading(run, settings, texts, options.length), soft_wrap=True)
     return 0
 
 
-def _ratios(text: str) -> list[float]:
-    ratios = sorted({float(r) for r in text.split(",")})
+# --- what was asked ---------------------------------------------------------------------------------
+
+
+def _check(options: argparse.Namespace) -> list[float]:
+    """The skip ratios, if everything that was asked makes sense; ValueError, in one sentence."""
+    try:
+        ratios = sorted({float(r) for r in options.ratios.split(",")})
+    except ValueError:
+        ratios = []
     if not ratios or not all(0 < r < 1 for r in ratios):
         raise ValueError(
-            f"--ratios is {text}; give shares of layers between 0 and 1, as in 0.1,0.2,0.36"
+            f"--ratios is {options.ratios}; give shares of layers between 0 and 1, as in 0.1,0.2,0.36"
         )
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch finds no CUDA device here; use --device cpu")
+    if options.sequences < 2 or options.sequences % 2 or options.length < 48:
+        raise ValueError(
+            f"{options.sequences} sequences of {options.length} tokens were asked for; "
+            f"take an even number, of at least 48 tokens each"
+        )
+    FBSConfig.preset(options.preset)
     return ratios
 
 
-def _check_sizes(sequences: int, length: int) -> None:
-    if sequences < 2 or sequences % 2 or length < 48:
+def training_settings(options: argparse.Namespace, run: Path) -> PretrainSettings:
+    """Those of the training; ValueError, in one sentence, for a --set or --steps that does not fit."""
+    settings = load_settings(PretrainSettings, CONFIG, _overrides(options, run))
+    other = [name for name in settings.model.options if not name.startswith("loss_")]
+    if other:
         raise ValueError(
-            f"{sequences} sequences of {length} tokens were asked for; "
-            f"take an even number, of at least 48 tokens each"
+            f"the quickstart's model.options can only set losses, not {other[0]}; use python -m fbs_rl.pretrain"
+        )
+    return settings
+
+
+def _overrides(options: argparse.Namespace, run: Path) -> list[str]:
+    fixed = [
+        f"data={run / 'data'}",
+        f"model.backbone={run / 'start'}",
+        f"model.preset={options.preset}",
+        "phases.gate_start=initial",  # of run/start, which is fitted
+        "evaluation.skip_ratios=[]",  # measured here, by language
+        f"cluster.device={options.device}",
+        f"cluster.threads_per_rank={os.cpu_count() or 1}",
+    ]
+    steps = [] if options.steps is None else [f"phases.steps={options.steps}"]
+    return [*fixed, *steps, *options.set]
+
+
+def _check_model(name: str, preset: str, ratios: list[float], length: int) -> None:
+    """Raise ValueError, in one sentence, for a model that cannot do what is asked; no weights are read."""
+    backbone = ModelSource.parse(name).read_config()
+    if isinstance(backbone, FBSConfig):
+        raise ValueError(
+            f"{name} is an FBS model already; give the quickstart a plain backbone, or train on with "
+            f"python -m fbs_rl.pretrain --set model.backbone={name}"
+        )
+    check_family(backbone, name)
+    config = FBSConfig.preset(preset).bound_to(backbone)
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"--length is {length}, but the context of {name} is {config.max_position_embeddings} tokens"
+        )
+    free = 1 - len(config.protected_layers) / config.layer_count
+    if ratios[-1] >= free:
+        raise ValueError(
+            f"--ratios names {ratios[-1]}, but only {free:.2f} of the layers of {name} may skip"
         )
 
 
@@ -116,122 +157,173 @@ def read_texts(loaded: LoadedModel, sequences: int, length: int) -> Texts:
     fit_NT = torch.cat([windows(language, "train", sequences // 2) for language in LANGUAGES])
     # The last quarter of the tokens checks the fit: let it hold both languages.
     shuffled = fit_NT[torch.randperm(len(fit_NT), generator=torch.Generator().manual_seed(0))]
-    heldout = {
-        language: windows(language, "heldout", max(sequences // 2, 4)) for language in LANGUAGES
-    }
+    heldout = {language: windows(language, "heldout", max(sequences, 6)) for language in LANGUAGES}
     return Texts(shuffled, heldout, length // 3)
 
 
-def fit(model: FBSForCausalLM, texts: Texts, console: Console) -> list[int]:
-    """Fit adapters and gates; returns the layers in the order in which dropping them hurts least."""
+# --- before training --------------------------------------------------------------------------------
+
+
+def before_training(
+    run: RunFolder, loaded: LoadedModel, comparison: SkipComparison, ratios: list[float], options: argparse.Namespace
+) -> list[int]:  # fmt: skip
+    """Write the shards and the fitted model, and measure it; the order in which dropping layers hurts least."""
+    console, texts = comparison.console, comparison.texts
+    console.print(f"1. Shards of the shipped text: {run.path}/data")
+    documents = {
+        split: [text for language in LANGUAGES for text in _some_text(loaded, language, split)]
+        for split in ("train", "heldout")
+    }
+    write_shards(
+        run.path / "data", documents, loaded.tokenizer, options.length, tokenizer_name=options.model
+    )
+    model: Any = loaded.model
+    model.to(options.device)
+    console.print("2. Gates and skip adapters, fitted in closed form")
+    order = fit(model, texts, console).drop_order
+    with console.status("Setting a start for training ..."):
+        centre_gates(model, texts.fit_NT, texts.decode_start, ratios[-1], BISECTIONS)
+        model.save_pretrained(run.path / "start")
+        loaded.tokenizer.save_pretrained(run.path / "start")
+        comparison.add_dense("dense, before", model)
+    comparison.add_gates("gates, fitted only", model, ratios)
+    return order
+
+
+def _some_text(loaded: LoadedModel, language: str, split: str) -> list[str]:
+    """The first documents of a language, about _TRAIN_TOKENS of them, so that neither language rules."""
+    texts: list[str] = []
+    tokens = 0
+    for document in load_sample(language, split):
+        if tokens < _TRAIN_TOKENS:
+            texts.append(document.text)
+            tokens += len(loaded.tokenizer(document.text, add_special_tokens=False).input_ids)
+    return texts
+
+
+def fit(model: FBSForCausalLM, texts: Texts, console: Console) -> ClosedFormFit:
+    """Fit adapters and gates, and say how well."""
     counts = torch.bincount(texts.fit_NT.flatten(), minlength=model.config.vocab_size)
     if model.model.preview is not None:
         model.model.preview.set_vocabulary(counts)
-    explained = fit_adapters(model, texts.fit_NT, texts.decode_start)
-    if explained:
-        console.print(
-            f"Skip adapters explain {sum(explained) / len(explained):.0%} of the layers' updates (unseen tokens)."
-        )
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Dropping each layer in turn", total=model.config.layer_count)
-        harm = removal_harm(
-            model, texts.fit_NT, texts.decode_start, on_layer=lambda _: progress.advance(task)
+        found = fit_in_closed_form(
+            model, texts.fit_NT, texts.decode_start, lambda _: progress.advance(task)
         )
-    scores = fit_gates(model, texts.fit_NT, texts.decode_start, harm)
+    if found.explained:
+        share = sum(found.explained) / len(found.explained)
+        console.print(f"   Adapters explain {share:.0%} of what layers add (unseen tokens).")
     console.print(
-        f"Gates explain {sum(scores) / len(scores):.0%} of the log harm of a skip (unseen tokens, mean R²)."
+        f"   Gates explain {sum(found.scores) / len(found.scores):.0%} of the log harm of a skip "
+        f"(unseen tokens, mean R²)."
     )
-    mean_harm = harm.mean((1, 2)).nan_to_num(float("inf"))
-    return [int(layer) for layer in mean_harm.argsort() if mean_harm[layer] < float("inf")]
+    return found
 
 
-def compare(
-    model: FBSForCausalLM, texts: Texts, ratios: list[float], order: list[int], console: Console
-) -> Comparison:
-    """Held-out quality of the dense model, and at every ratio of fitted gates, random gates and dropped layers."""
-    comparison = Comparison()
-    config, start = model.config, texts.decode_start
-
-    def measure(variant: str, ratio: float, gates: Callable[[Tensor], dict]) -> None:
-        comparison.rows[variant, ratio] = {
-            language: measure_quality(model, ids, start, **gates(ids))
-            for language, ids in texts.heldout.items()
-        }
-
-    measure("dense", 0.0, lambda _: {"gates": "dense"})
-    for ratio in track(ratios, "Calibrating and measuring", console=console, transient=True):
-        tau = round(calibrate_tau(model, texts.fit_NT, start, ratio, steps=7), 4)
-        comparison.taus[ratio] = tau
-        dropped = order[: round(ratio * config.layer_count)]
-        measure("fitted gates", ratio, lambda _, tau=tau: {"gates": "threshold", "tau": tau})
-        measure(
-            "fixed layers dropped",
-            ratio,
-            lambda ids, d=dropped: _replay(static_skip(config, ids, start, d)),
-        )
-        measure(
-            "random gates", ratio, lambda ids, r=ratio: _replay(random_skip(config, ids, start, r))
-        )
-    return comparison
+# --- training ---------------------------------------------------------------------------------------
 
 
-def _replay(skip_LNT: Tensor) -> dict:
-    return {"gates": "replay", "skip": skip_LNT}
+def train(run: RunFolder, settings: PretrainSettings, options: argparse.Namespace) -> int:
+    """Stage 1, in this process's own Ray cluster; its exit code."""
+    tokens = _trained_tokens(settings, options.length)
+    print(f"3. Training on {tokens:,} tokens: {run.path}/training", flush=True)
+    words = ["--config", CONFIG, "--out", str(run.path / "training")]
+    for override in _overrides(options, run.path):
+        words += ["--set", override]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return pretrain.main(words)
+    finally:
+        for number, handler in handlers.items():  # Ctrl-C ends the rest at once again
+            signal.signal(number, handler)
 
 
-def _save(
-    run: RunFolder, loaded: LoadedModel, comparison: Comparison, ratios: list[float], seconds: float
+# --- after training ---------------------------------------------------------------------------------
+
+
+def after_training(
+    run: RunFolder, comparison: SkipComparison, ratios: list[float], order: list[int], device: str
 ) -> None:
-    for (variant, ratio), by_language in comparison.rows.items():
-        for language, quality in by_language.items():
-            record = {"variant": variant, "language": language, "asked_ratio": ratio}
-            figures = {
-                "skip_ratio": quality.skip_ratio,
-                "perplexity": quality.perplexity,
-                "tokens": quality.tokens,
-            }
-            run.log({f"eval/{name}": value for name, value in (record | figures).items()})
-    default = ratios[len(ratios) // 2]
-    loaded.model.config.gates, loaded.model.config.tau = "threshold", comparison.taus[default]
-    loaded.model.save_pretrained(run.path / "final")
-    loaded.tokenizer.save_pretrained(run.path / "final")
-    save_gates(loaded.model, run.path / "gates")
-    taus = {str(ratio): tau for ratio, tau in comparison.taus.items()}
+    """Move the trained model to final/, measure it and its baselines, and give it a threshold."""
+    console = comparison.console
+    console.print(f"4. Held-out text, by language; the model is now {run.path}/final")
+    final = run.path / "final"
+    os.replace(run.path / "training" / "final", final)
+    with console.status("Reading the trained model ..."):
+        model: Any = load_model(str(final), dtype=torch.float32).model
+        model.to(device)
+        comparison.add_dense("dense, trained", model)
+    comparison.add_gates("gates, trained", model, ratios)
+    comparison.add_fixed("fixed layers, trained", model, ratios, order)
+    comparison.add_random("random, trained", model, ratios)
+    comparison.record(run)
+    model.config.gates, model.config.tau = "threshold", comparison.taus[_default(ratios)]
+    model.config.save_pretrained(final)
+
+
+def _default(ratios: list[float]) -> float:
+    """The ratio that final/ skips at."""
+    return ratios[(len(ratios) - 1) // 2]
+
+
+# --- what is left behind, what is printed -----------------------------------------------------------
+
+
+def _summarise(
+    run: RunFolder, comparison: SkipComparison, settings: PretrainSettings, length: int, seconds: float
+) -> None:  # fmt: skip
     run.summarise(
-        {"taus": taus, "saved_tau": comparison.taus[default], "seconds": round(seconds, 1)}
+        {
+            "taus": {str(ratio): tau for ratio, tau in comparison.taus.items()},
+            "saved_tau": comparison.taus[_default(sorted(comparison.taus))],
+            "steps": settings.phases.steps,
+            "trained_tokens": _trained_tokens(settings, length),
+            "seconds": round(seconds, 1),
+        }
     )
 
 
-def _table(comparison: Comparison) -> Table:
-    """Perplexity, and in brackets the share of layers skipped; one block a ratio, narrow enough for 80 columns."""
-    table = Table(title="Perplexity against skip ratio")
-    for heading in ("layers to skip", "variant", *LANGUAGES.values()):
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
-    last = 0.0
-    for (variant, ratio), by_language in sorted(comparison.rows.items(), key=lambda row: row[0][1]):
-        if ratio != last:
-            table.add_section()
-        cells = [f"{q.perplexity:.1f} ({q.skip_ratio:.0%})" for q in by_language.values()]
-        table.add_row(
-            f"{ratio:.0%}" if ratio != last or variant == "dense" else "", variant, *cells
-        )
-        last = ratio
-    return table
+def _trained_tokens(settings: PretrainSettings, length: int) -> int:
+    return settings.phases.steps * settings.batch.step_sequences * length
+
+
+def _reading(run: RunFolder, settings: PretrainSettings, texts: Texts, length: int) -> str:
+    windows = len(next(iter(texts.heldout.values())))
+    return (
+        f"Scored: tokens {texts.decode_start} to {length} of {windows} windows a language. Fitted on "
+        f"{texts.fit_NT.numel():,} tokens, trained on {_trained_tokens(settings, length):,}; one seed.\n"
+        f"So little shows the direction, not what FBS can do: expect some per cent of noise. Fixed and random\n"
+        f"skipping use the trained model, which was not trained for them.\n"
+        f"Saved to {run.path}: final/ (Hugging Face folder), training/ (the run). See it skip:\n"
+        f'  python -m fbs_rl.generate {run.path}/final --prompt "Why is the sky blue?" --compare-dense'
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fbs_rl.quickstart", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fbs_rl.quickstart",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--model", default=SMOLLM2, help="hub id, folder, .gguf file or smollm2-135m"
     )
     parser.add_argument("--preset", default="default", help="default or paper")
-    parser.add_argument("--ratios", default="0.1,0.2,0.36", help="shares of layers to skip")
+    parser.add_argument("--ratios", default="0.2,0.36", help="shares of layers to skip")
     parser.add_argument(
-        "--sequences", type=int, default=6, help="windows to fit on, half of each language"
+        "--sequences", type=int, default=4, help="windows to fit on, half of each language"
     )
-    parser.add_argument("--length", type=int, default=144, help="tokens a window")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--length", type=int, default=128, help="tokens a window")
+    parser.add_argument(
+        "--steps", type=int, help="training steps (default: configs/quickstart.yaml)"
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", help="run folder (default runs/quickstart-<time>)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="of the training, as in batch.step_sequences=4",
+    )  # fmt: skip
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-_PACKAGES = ("torch", "transformers")
+_PACKAGES = ("torch", "transformers", "deepspeed", "ray")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,14 @@ class RunFolder:
             raise FileExistsError(f"{path} exists already; name an empty or new folder with --out")
         return cls(path)
 
+    @classmethod
+    def existing(cls, out: str) -> RunFolder:
+        """The folder of a run to go on with; FileNotFoundError if there is none."""
+        path = Path(out)
+        if not (path / "config.yaml").is_file():
+            raise FileNotFoundError(f"{path} is no run folder: it has no config.yaml")
+        return cls(path)
+
     def open(self, command: str, settings: dict[str, Any]) -> None:
         """Make the folder and write its config.yaml."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -42,9 +51,30 @@ class RunFolder:
         )
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl; keys are namespace/name."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append one line to metrics.jsonl; keys are namespace/name. A number that is not finite becomes null."""
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+
+    def mend(self) -> None:
+        """Cut off a last line of metrics.jsonl that a kill left unfinished."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            text = path.read_bytes()
+            if text and not text.endswith(b"\n"):
+                os.truncate(path, text.rfind(b"\n") + 1)
+
+    def records(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds; a last line that was cut off by a kill is left out."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        return [
+            json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line
+        ]
 
     def summarise(self, figures: dict[str, Any]) -> None:
         """Write summary.json: the final figures, versions, commit and device."""
@@ -58,7 +88,7 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> None:
         partial = self.path / f".{name}.partial"
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.path / name)
 
 

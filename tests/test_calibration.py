@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fbs_rl.model import FBSConfig, FBSForCausalLM
 from fbs_rl.model.baselines import random_skip, removal_harm, static_skip
-from fbs_rl.model.calibration import calibrate_tau, measure_quality
-from fbs_rl.model.gate_fit import fit_adapters, fit_gates, ridge
+from fbs_rl.model.calibration import calibrate_tau, measure_quality, measure_skip
+from fbs_rl.model.gate_fit import centre_gates, fit_adapters, fit_gates, ridge
 from fbs_rl.model.layer import unit_norm
-from tests.tiny import HIDDEN, LAYERS, SMALL, VOCAB, fresh, lively
+from tests.tiny import HIDDEN, LAYERS, SMALL, VOCAB, enliven, fresh, lively
 
 START = 6
 SEQUENCES = torch.randint(0, VOCAB, (5, 24), generator=torch.Generator().manual_seed(4))
@@ -338,3 +338,21 @@ def test_equal_harm_everywhere_leaves_the_gates_finite() -> None:
     model = fresh()
     fit_gates(model, SEQUENCES, START, torch.full((LAYERS, 5, 24 - START), 0.1))
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_centred_gates_skip_the_asked_share_at_a_half() -> None:
+    model = enliven(fresh())
+    before = [layer.skip_gate.out.bias.item() for layer in model.model.layers if layer.skip_gate]
+    centre_gates(model, SEQUENCES, START, 0.3)
+    assert measure_skip(model, SEQUENCES, START, gates="threshold", tau=0.5) == pytest.approx(
+        0.3, abs=0.02
+    )
+    after = [layer.skip_gate.out.bias.item() for layer in model.model.layers if layer.skip_gate]
+    shifts = {round(a - b, 5) for a, b in zip(after, before, strict=True)}
+    assert len(shifts) == 1
+
+
+def test_the_skip_ratio_alone_is_that_of_the_quality() -> None:
+    gates = {"gates": "threshold", "tau": 0.5}
+    quality = measure_quality(lively(), SEQUENCES, START, **gates)
+    assert measure_skip(lively(), SEQUENCES, START, **gates) == quality.skip_ratio

@@ -8,6 +8,7 @@ together: Stage 1 training does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fbs_rl.model.baselines import removal_harm
+from fbs_rl.model.calibration import calibrate_tau
 from fbs_rl.model.layer import unit_norm
 from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.model.skip_path import SkipAdapter
@@ -51,6 +53,20 @@ def fit_in_closed_form(
     mean_harm_L = harm_LNT.mean((1, 2)).nan_to_num(float("inf"))
     order = [int(layer) for layer in mean_harm_L.argsort() if mean_harm_L[layer] < float("inf")]
     return ClosedFormFit(explained, scores, order)
+
+
+@torch.no_grad()
+def centre_gates(
+    model: FBSForCausalLM, sequences_NT: Tensor, decode_start: int, ratio: float, steps: int = 8
+) -> None:
+    """Shift all gates alike so that `ratio` of the layers has p >= 1/2.
+
+    A closed-form fit orders skips and says nothing about how many there should be; training samples from p.
+    """
+    tau = calibrate_tau(model, sequences_NT, decode_start, ratio, steps)
+    for layer in model.model.fbs_layers():
+        if layer.skip_gate is not None:
+            layer.skip_gate.out.bias.sub_(math.log(tau / (1 - tau)))
 
 
 @torch.inference_mode()

@@ -1,0 +1,223 @@
+"""A DeepSpeed engine around an FBS model: what differs between ZeRO stages and precisions stays in here."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fbs_rl.model.modeling import FBSForCausalLM
+from fbs_rl.training.parameters import parameter_groups, set_trained
+from fbs_rl.training.settings import PretrainSettings
+
+TAG = "engine"
+"""Folder of DeepSpeed's files inside a checkpoint."""
+UNIVERSAL = "universal"
+"""Folder of DeepSpeed's files converted so that any number of ranks can load them."""
+
+
+@dataclass(slots=True)
+class Engine:
+    """deepspeed: the engine. peaks: top learning rate of each parameter group."""
+
+    deepspeed: Any
+    peaks: list[float]
+    settings: PretrainSettings
+    ranks: int
+    float_buffers: dict[str, torch.Tensor]
+
+    @staticmethod
+    def meet(device: torch.device, timeout: datetime.timedelta) -> None:
+        """Join the process group named by the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Building it takes a minute of C++ compilation and gains nothing here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
+        if not torch.distributed.is_initialized():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timeout,
+            )
+
+    @classmethod
+    def build(
+        cls,
+        model: FBSForCausalLM,
+        settings: PretrainSettings,
+        ranks: int,
+        trains: str,
+        device: torch.device,
+        universal: bool = False,
+    ) -> Engine:
+        """An engine that trains `trains` (all, new or gates) of `model`."""
+        import deepspeed
+
+        set_trained(model, trains)
+        groups = parameter_groups(model, settings.optimizer)
+        adamw = settings.optimizer
+        optimizer = torch.optim.AdamW(
+            groups,
+            betas=(adamw.beta1, adamw.beta2),
+            eps=adamw.epsilon,
+            fused=device.type == "cuda",
+        )
+        buffers = {
+            name: buffer.clone()
+            for name, buffer in model.named_buffers()
+            if buffer.is_floating_point()
+        }
+        made = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(settings, ranks, universal),
+            dist_init_required=False,
+        )[0]
+        engine = cls(made, [g["peak_lr"] for g in groups], settings, ranks, buffers)
+        engine._restore_buffers()
+        return engine
+
+    def rebuilt(
+        self, settings: PretrainSettings, ranks: int, trains: str, device: torch.device
+    ) -> Engine:
+        """A new engine, with a fresh optimizer, around the same model."""
+        model = self.module
+        self.deepspeed.destroy()
+        for parameter in model.parameters():
+            parameter.grad = None
+        return Engine.build(copy.deepcopy(model), settings, ranks, trains, device)
+
+    @property
+    def module(self) -> FBSForCausalLM:
+        return self.deepspeed.module
+
+    @property
+    def description(self) -> str:
+        return f"{type(self.deepspeed.optimizer).__name__} of AdamW, ZeRO {self.settings.cluster.zero_stage}"
+
+    def _restore_buffers(self) -> None:
+        """bf16 engines cast buffers too; rotary frequencies in bf16 would turn positions into noise."""
+        for name, buffer in self.float_buffers.items():
+            owner, _, last = name.rpartition(".")
+            module = self.module.get_submodule(owner)
+            setattr(module, last, buffer.to(getattr(module, last).device))
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    def set_rates(self, scale: float) -> None:
+        """Learning rates of the next step: `scale` times each group's peak."""
+        for group, peak in zip(self.deepspeed.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = scale * peak
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add this call's share of the step's gradient.
+
+        DeepSpeed averages over ranks and, unless told not to, over accumulation steps; shares are summed.
+        """
+        self.deepspeed.backward(loss * self.ranks, scale_wrt_gas=False)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()  # counts the micro-batch; nothing is applied
+
+    def step(self) -> tuple[float, bool]:
+        """Clip and apply the gradient: (its norm before clipping, whether it was applied; not if non-finite)."""
+        if self.settings.cluster.zero_stage == 0:
+            return self._step_without_zero()
+        if self.settings.cluster.precision == "bf16" and hasattr(
+            self.deepspeed.optimizer, "averaged_gradients"
+        ):
+            # DeepSpeed's own check reads every tensor three times and waits for each: let it look only when
+            # one look at all of them says that it must (its way out of a bad step is then the one it knows).
+            self.deepspeed.optimizer.check_grad_overflow = not self._finite_gradients()
+        skipped = self.deepspeed.skipped_steps
+        self.deepspeed.step()
+        applied = self.deepspeed.skipped_steps == skipped
+        return float(self.deepspeed.get_global_grad_norm()), applied
+
+    def _step_without_zero(self) -> tuple[float, bool]:
+        """Without ZeRO, DeepSpeed neither reports the norm nor refuses a non-finite gradient."""
+        trained = [p for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        finite = math.isfinite(float(norm))
+        if finite:
+            limit = self.settings.optimizer.clip_norm
+            torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
+        else:
+            self.module.zero_grad(set_to_none=True)  # AdamW leaves what has no gradient as it is
+        self.deepspeed.step()
+        return float(norm), finite
+
+    def _finite_gradients(self) -> bool:
+        """Whether the gradients that this and all other ranks will apply are finite."""
+        averaged = self.deepspeed.optimizer.averaged_gradients
+        tensors = [
+            g for group in averaged.values() if group is not None for g in group if g is not None
+        ]
+        if not tensors:
+            return True
+        norms = torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateImportUsage]
+        bad = 1.0 - torch.stack(norms).isfinite().all().float()
+        if self.ranks > 1:
+            torch.distributed.all_reduce(bad)
+        return not bool(bad)
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's files under `folder`; all ranks must."""
+        # The mark lets a later run with another number of ranks convert the checkpoint.
+        marks = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+        self.deepspeed.save_checkpoint(str(folder), tag=TAG, client_state=marks, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read what `save` wrote; raises FileNotFoundError if it is not there."""
+        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag)
+        if loaded is None:
+            raise FileNotFoundError(f"{folder}/{tag} holds no DeepSpeed checkpoint")
+
+
+def to_universal(source: Path, target: Path) -> None:
+    """Convert DeepSpeed's files in `source` so that any number of ranks can load them from `target`."""
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    arguments = {
+        "input_folder": str(source),
+        "output_folder": str(target),
+        "num_extract_workers": 1,
+        "num_merge_workers": 1,
+        "keep_temp_folder": False,
+        "strict": True,
+        "inject_missing_state": False,
+    }
+    main(argparse.Namespace(**arguments))
+
+
+def deepspeed_config(settings: PretrainSettings, ranks: int, universal: bool) -> dict[str, Any]:
+    """DeepSpeed's own configuration for these settings."""
+    cluster, batch = settings.cluster, settings.batch
+    config: dict[str, Any] = {
+        "train_batch_size": batch.step_sequences,
+        "train_micro_batch_size_per_gpu": batch.micro_sequences,
+        "gradient_accumulation_steps": batch.accumulation(ranks),
+        # At stage 0 it cannot clip a step that has no gradient: Engine.step does.
+        "gradient_clipping": settings.optimizer.clip_norm if cluster.zero_stage else 0.0,
+        "steps_per_print": 2**31 - 1,
+    }
+    if cluster.zero_stage:
+        config["zero_optimization"] = {"stage": cluster.zero_stage}
+    if cluster.precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if universal:
+        config["checkpoint"] = {"load_universal": True}
+    return config

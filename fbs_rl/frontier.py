@@ -1,0 +1,189 @@
+"""python -m fbs_rl.frontier: perplexity against skip ratio after Stage 1, beside plain continual pretraining.
+
+Each arm trains the same backbone on the same tokens in the same order, in this process (one rank), and is
+measured on the same held-out sequences. `plain` has no FBS modules: the dense model that the same training
+would have given, which is what skipping is to be held against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fbs_rl.config import find_settings, from_tree, to_tree
+from fbs_rl.data.shards import PackedShards
+from fbs_rl.model.baselines import random_skip, removal_harm, static_skip
+from fbs_rl.training.batches import MicroBatch
+from fbs_rl.training.evaluation import evaluate, measure
+from fbs_rl.training.settings import PretrainSettings
+
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {"model": {"preset": "none", "options": {}}, "phases": {"observe_frac": 1.0}},
+    "default": {"model": {"preset": "default"}},
+    "undistilled": {"model": {"preset": "default", "options": {"loss_distill": 0.0}}},
+    "frozen teacher": {"model": {"preset": "default"}, "phases": {"teacher": "phase_1a"}},
+    "paper": {
+        "model": {"preset": "paper"},
+        "phases": {"train_gated": "gates", "observe_frac": 0.5},
+    },
+    "paper, all trained": {"model": {"preset": "paper"}},
+}
+_RATIOS = [0.1, 0.2, 0.3, 0.36, 0.5]
+_HARM_SEQUENCES = 8
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        rows = len(PackedShards.open(arguments.data, "train"))
+        settings = {name: _settings(name, arguments) for name in arguments.arms.split(",")}
+    except (ValueError, OSError) as error:
+        print(f"frontier: {error}", file=sys.stderr)
+        return 2
+    print(f"{rows} sequences of training data", file=sys.stderr)
+    for name, chosen in settings.items():
+        for row in run_arm(name, chosen, bool(arguments.controls)):
+            print(json.dumps(row), flush=True)
+            if arguments.out:
+                with Path(arguments.out).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    return 0
+
+
+def run_arm(name: str, settings: PretrainSettings, controls: bool) -> list[dict[str, Any]]:
+    """Train, then one row for the dense pass and one for each skip ratio; with controls also random and static."""
+    from actors.pretrain_worker import PretrainWorker
+
+    worker = PretrainWorker(0, 1, to_tree(settings))
+    worker.start(*worker.address(), 0, None)
+    steps, tokens, began, timed = settings.phases.steps, 0.0, time.perf_counter(), 0.0
+    for step in range(steps):
+        if step == settings.phases.observed_steps and settings.phases.teacher == "phase_1a":
+            worker.teacher = _frozen_copy(worker)
+        record = worker.run_step(step)
+        tokens += record["train/tokens"]
+        timed += record["perf/step_s"]
+        if (step + 1) % max(steps // 20, 1) == 0:
+            skip = record.get("gate/skip_ratio", 0.0)
+            print(
+                f"{name}: {step + 1}/{steps} loss {record['train/loss']:.4f} skip {skip:.3f} "
+                f"{tokens / timed:,.0f} tokens/s",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+    base = {"arm": name, "tokens": tokens, "steps": steps, "train_s": round(timed, 1)}
+    base["tokens_per_s"] = round(tokens / timed)
+    tuning, scored = worker.heldout_batches()
+    figures = evaluate(worker.model, tuning, scored, settings.evaluation.skip_ratios, _alone)
+    rows = [
+        {**base, "variant": "dense", "asked": 0.0, "skip": 0.0, "ppl": figures["eval/ppl_dense"]}
+    ]
+    for ratio in settings.evaluation.skip_ratios:
+        prefix = f"eval/skip_{round(100 * ratio)}"
+        if f"{prefix}/ppl" in figures:
+            layers = [
+                round(figures[k], 3) for k in sorted(figures) if k.startswith(f"{prefix}/layer")
+            ]
+            found = {"skip": figures[f"{prefix}/skip_ratio"], "ppl": figures[f"{prefix}/ppl"]}
+            rows.append({**base, "variant": "gates", "asked": ratio, **found, "layers": layers})
+    if controls and worker.model.config.gate:
+        rows += [
+            {**base, **row} for row in _controls(worker, scored, settings.evaluation.skip_ratios)
+        ]
+    print(f"{name}: {time.perf_counter() - began:.0f} s in all", file=sys.stderr)
+    return rows
+
+
+def _controls(worker: Any, scored: list[MicroBatch], ratios: list[float]) -> list[dict[str, Any]]:
+    """The trained model with random gates, and with fixed layers dropped, at the same skip ratios."""
+    model, start = worker.model, scored[0].ids_BT.shape[1] // 4
+    config, sample = model.config, scored[0].ids_BT[:_HARM_SEQUENCES]
+    harm_L = removal_harm(model, sample, start).mean((1, 2)).nan_to_num(math.inf)
+    order = [int(layer) for layer in harm_L.argsort() if harm_L[layer] < math.inf]
+    rows = []
+    for ratio in ratios:
+        dropped = order[: round(ratio * config.layer_count)]
+        makers = {
+            "random": lambda b, r=ratio: random_skip(config, b.ids_BT.cpu(), start, r),
+            "static": lambda b, d=dropped: static_skip(config, b.ids_BT.cpu(), start, d),
+        }
+        for variant, make in makers.items():
+            tally = measure(
+                model, scored, _alone,
+                skip_of=lambda b, m=make: m(b).to(b.ids_BT.device) & b.gated_BT, gates="replay",
+            )  # fmt: skip
+            skip = float(tally.skip_rate_L.mean())
+            rows.append(
+                {"variant": variant, "asked": ratio, "skip": skip, "ppl": math.exp(tally.loss)}
+            )
+    return rows
+
+
+def _frozen_copy(worker: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(worker.model).requires_grad_(False).eval()
+
+
+def _alone(sums: torch.Tensor) -> torch.Tensor:
+    return sums
+
+
+def _settings(name: str, arguments: argparse.Namespace) -> PretrainSettings:
+    if name not in ARMS:
+        raise ValueError(f"no arm {name!r}; there are {', '.join(ARMS)}")
+    tree = yaml.safe_load(find_settings(arguments.config).read_text())
+    tree["data"] = arguments.data
+    tree.setdefault("model", {})["backbone"] = arguments.backbone
+    tree.setdefault("evaluation", {}).update(
+        skip_ratios=_RATIOS, sequences=arguments.heldout, calibration_sequences=32
+    )
+    _merge(tree, ARMS[name])
+    if ARMS[name]["model"].get("options") == {}:
+        tree["model"]["options"] = {}
+    for override in arguments.set:
+        key, _, value = override.partition("=")
+        if name == "plain" and key.startswith("model.options"):
+            continue
+        *path, last = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = yaml.safe_load(value)
+    if name == "plain":
+        tree["phases"]["observe_frac"] = 1.0
+    return from_tree(PretrainSettings, tree)
+
+
+def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            _merge(tree.setdefault(key, {}), value)
+        else:
+            tree[key] = value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fbs_rl.frontier", description=__doc__)
+    parser.add_argument("--data", required=True, help="folder of prepared shards")
+    parser.add_argument("--backbone", default="smollm2-135m")
+    parser.add_argument("--config", default="default", help="settings that all arms share")
+    parser.add_argument("--arms", default="plain,default,paper", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--heldout", type=int, default=192, help="sequences that are scored")
+    parser.add_argument(
+        "--controls", action="store_true", help="also random gates and dropped layers"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--out", help="file that the rows are appended to, as JSON lines")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

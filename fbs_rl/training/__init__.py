@@ -1,0 +1,1 @@
+"""What the training commands are made of: settings, schedules, batches, evaluation, checkpoints."""
