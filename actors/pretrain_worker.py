@@ -36,7 +36,7 @@ from fbs_rl.training.evaluation import evaluate, find_threshold
 from fbs_rl.training.order import DataOrder
 from fbs_rl.training.schedule import Phase, StepPlan, plan_step
 from fbs_rl.training.settings import PretrainSettings
-from fbs_rl.training.start import read_start
+from fbs_rl.training.start import read_start, starts_plain
 from fbs_rl.training.step_report import StepSums
 from fbs_rl.types import GateMode, LossCounts, LossScope
 
@@ -121,7 +121,7 @@ class PretrainWorker:
         self.tokenizer = loaded.tokenizer
         model = loaded.model
         model.config._attn_implementation = self.settings.cluster.attention
-        if model.model.preview is not None and model.config.gates_origin == "initial":
+        if model.model.preview is not None and starts_plain(self.settings.model):
             model.model.preview.set_vocabulary(self._token_counts())
         if self.settings.cluster.compiles and self.device.type == "cuda":
             compile_from_now_on()

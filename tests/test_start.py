@@ -12,7 +12,8 @@ from fbs_rl.checkpoint import load_tokenizer
 from fbs_rl.data.shards import write_shards
 from fbs_rl.model import FBSConfig, FBSForCausalLM
 from fbs_rl.model.backbone import ModelSource
-from fbs_rl.training.start import check_start, read_start, start_config
+from fbs_rl.training.settings import ModelSettings
+from fbs_rl.training.start import check_start, read_start, start_config, starts_plain
 from tests.small_tokenizer import saveable_tokenizer
 from tests.tiny import SMALL
 from tests.tiny_training import TOKENS, VOCAB, make_backbone, make_shards, settings
@@ -95,3 +96,9 @@ def test_data_must_be_there_and_fit_the_context(root: Path) -> None:
     texts["heldout"] = []
     write_shards(root / "empty", texts, saveable_tokenizer(size=VOCAB), TOKENS)
     assert "has no heldout sequences" in refused(root, data=str(root / "empty"))
+
+
+def test_only_a_plain_backbone_gets_a_preview_vocabulary_from_the_data(root: Path) -> None:
+    """That of an FBS folder was trained with, whether its gates were or not."""
+    assert starts_plain(settings(root).model)
+    assert not starts_plain(ModelSettings(backbone=fbs_folder(root, "fbs")))

@@ -14,7 +14,7 @@ class TrainingConsole:
 
     def __init__(self, total: int, every: int) -> None:
         self.total, self.every = total, every
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, markup=False)
         self.began, self.first = time.monotonic(), 0
         self.progress: Progress | None = None
         if self.console.is_terminal:

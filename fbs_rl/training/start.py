@@ -27,6 +27,11 @@ def read_start(chosen: ModelSettings) -> LoadedModel:
     return loaded
 
 
+def starts_plain(chosen: ModelSettings) -> bool:
+    """Whether the run makes its FBS modules anew, rather than going on with those of an FBS folder."""
+    return _own_options(chosen) is None
+
+
 def start_config(chosen: ModelSettings) -> FBSConfig:
     """The configuration the run's model will have; no weights are read."""
     own = _own_options(chosen)
