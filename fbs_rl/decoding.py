@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fbs_rl.decode.safety import StructureGuard
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.flops import count_trace
 from fbs_rl.model.kv_cache import FBSCache
@@ -62,11 +63,13 @@ def decode(
     on_token: OnToken | None = None,
     *,
     mode: GateMode,
+    guard: StructureGuard | None = None,
     **gate_arguments: Any,
 ) -> Generation:
     """Feed the prompt at once, then one token at a time. gate_arguments: of forward (tau, gate_seed, never_skip).
 
-    on_token is called after a token was fed, and for the last one; the time it takes is not counted.
+    guard: of one row; the steps that it protects run every layer. on_token is called after a token was fed,
+    and for the last one; the time it takes is not counted.
     """
     cache = FBSCache(model.config.layer_count)
     tokens: list[int] = []
@@ -74,6 +77,8 @@ def decode(
     feed = list(prompt_ids)
     while True:
         start = time.perf_counter()
+        if guard is not None and tokens:
+            gate_arguments["decode_start"] = protecting_start(cache, guard.push(feed))
         ids = torch.tensor([feed], device=model.device)
         out = model(ids, past_key_values=cache, gates=mode, logits_to_keep=1, **gate_arguments)
         chosen = choose(out.logits[0, -1])  # reads a number back: the device has finished by then
@@ -106,6 +111,20 @@ def decode(
         kv_cache_bytes=cache.bytes(),
         stop="eos" if tokens[-1] in end_ids else "length",
     )
+
+
+def protecting_start(cache: FBSCache, protects_B: Sequence[bool]) -> Tensor:
+    """decode_start [B] for the next step, one token a row, in which the rows marked here skip nothing.
+
+    For them gates begin at the token after. Raises ValueError for a cache whose prompt was not read with
+    the forward's own decode_start (None).
+    """
+    if cache.position_B is None or cache.decode_start_B is None:
+        raise ValueError(
+            "protecting a step needs a cache that holds the prompt; feed it first, with decode_start=None"
+        )
+    protects = torch.tensor(protects_B, device=cache.position_B.device)
+    return torch.where(protects, cache.position_B + 1, cache.decode_start_B)
 
 
 def token_chooser(temperature: float, top_p: float, seed: int) -> Chooser:

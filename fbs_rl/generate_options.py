@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NoReturn
+
+from fbs_rl.decode.safety import VALIDATORS, critical_layers
 
 _SEEDS = 2**63
 """Seeds are int64 in the gates' noise."""
+
+
+_SPAN = re.compile(r"(first|last):(\d+)")
+_RERUNS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class NeverSkip:
+    """What --never-skip names: layers (negative: from the end), and how many of the first and the last."""
+
+    layers: tuple[int, ...] = ()
+    first: int = 0
+    last: int = 0
+
+    def resolve(self, layer_count: int, model: str) -> list[int]:
+        """The layers of this model. Raises ValueError if it has no such layer, or none to skip would be left."""
+        outside = [i for i in self.layers if not -layer_count <= i < layer_count]
+        if outside:
+            raise ValueError(
+                f"--never-skip names layer {outside[0]}, but {model} has layers 0 to {layer_count - 1}"
+            )
+        try:
+            return [*self.layers, *critical_layers(layer_count, self.first, self.last)]
+        except ValueError as error:
+            raise ValueError(f"--never-skip: {error}") from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,6 +57,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_output_options(parser)
     options = parser.parse_args(argv)
     _check(options)
+    options.reruns = _RERUNS if options.reruns is None else options.reruns
     return options
 
 
@@ -54,8 +84,18 @@ def _add_gate_options(parser: argparse.ArgumentParser) -> None:
     tau = "skip where a gate's probability is at least this (default: the model's)"
     gates.add_argument("--tau", type=float, help=tau)
     gates.add_argument("--gate-seed", type=int, help="noise of --mode sample; default 0")
-    never = "layers that always run, such as 0,1,-1 (write =-1,0 where a minus comes first)"
-    gates.add_argument("--never-skip", type=_layers, default=[], metavar="LAYERS", help=never)
+    never = (
+        "layers that always run: 0,1,-1 or first:2,last:6 (write =-1,0 where a minus comes first)"
+    )
+    gates.add_argument(
+        "--never-skip", type=_layers, default=NeverSkip(), metavar="LAYERS", help=never
+    )
+    structure = "skip nothing inside brackets, quotations, JSON and code"
+    gates.add_argument("--protect-structure", action="store_true", help=structure)
+    check = "make the text again, skipping less, if it fails this check"
+    gates.add_argument("--validate", choices=list(VALIDATORS), help=check)
+    again = f"with --validate, at most so often; the last time dense (default {_RERUNS})"
+    gates.add_argument("--reruns", type=int, metavar="N", help=again)
     compare = "decode without skipping too, and compare"
     gates.add_argument("--compare-dense", action="store_true", help=compare)
 
@@ -71,16 +111,24 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--verbose", action="store_true", help=verbose)
 
 
-def _layers(text: str) -> list[int]:
+def _layers(text: str) -> NeverSkip:
+    parts = text.split(",")
+    spans = [(found[1], int(found[2])) for part in parts if (found := _SPAN.fullmatch(part))]
+    counts = dict(spans)
     try:
-        return [int(part) for part in text.split(",")]
+        layers = tuple(int(part) for part in parts if not _SPAN.fullmatch(part))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers like 0,1,-1") from None
+        layers = None
+    if layers is None or len(counts) < len(spans):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of layers like 0,1,-1 or first:2,last:6"
+        )
+    return NeverSkip(layers, counts.get("first", 0), counts.get("last", 0))
 
 
 def _check(options: argparse.Namespace) -> None:
     tau, mass, noise, mode = options.tau, options.top_p, options.gate_seed, options.mode
-    heat, count = options.temperature, options.max_new_tokens
+    heat, count, again = options.temperature, options.max_new_tokens, options.reruns
     rules = [
         (tau is None or 0 <= tau <= 1, f"--tau is {tau}; a threshold on a probability lies in [0, 1]"),
         (tau is None or mode in (None, "threshold"), f"--tau is for --mode threshold, not for {mode}"),
@@ -92,6 +140,9 @@ def _check(options: argparse.Namespace) -> None:
         (mass is None or 0 < mass <= 1, f"--top-p is {mass}; a probability mass lies in (0, 1]"),
         (mass is None or heat > 0, "--top-p draws tokens, so it needs --temperature above 0"),
         (mode != "dense" or not options.compare_dense, "--compare-dense has nothing to compare with --mode dense"),
+        (mode != "dense" or not options.protect_structure, "--protect-structure has nothing to do with --mode dense"),
+        (again is None or options.validate is not None, "--reruns is for --validate; add that or leave it out"),
+        (again is None or again >= 0, f"--reruns is {again}; give 0 or more"),
         (not (options.preset and options.gates_folder), "--gates-folder brings its own options; leave --preset out"),
     ]  # fmt: skip
     for holds, sentence in rules:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.color import ColorSystem
 
+from fbs_rl.decode.structure import Structure
 from fbs_rl.shading import legend, strip, strip_key
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def describe(job: Job) -> dict[str, Any]:
     if job.mode == "sample":
         gates["gate_seed"] = options.gate_seed or 0
     if job.mode != "dense":
-        gates |= {"never_skip": options.never_skip, "trained": job.loaded.trained}
+        gates |= {"never_skip": job.never_skip, "trained": job.loaded.trained}
     tokens = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
     if options.temperature > 0:
         tokens |= {"top_p": options.top_p or 1.0, "seed": options.seed}
@@ -76,7 +77,7 @@ def summary(result: dict[str, Any], system: ColorSystem | None) -> str:
         blocks.append(f"share of tokens that skipped, by layer ({strip_key()})\n{by_layer}")
     columns = [run] if dense is None else [run, dense]
     blocks.append(_table([["", *(c["mode"] for c in columns)], *_rows(columns)]))
-    notes = [*_skipping_note(run, result["gates"]), *_comparison_notes(result)]
+    notes = [*_skipping_note(run), *_safety_notes(result), *_comparison_notes(result)]
     return "\n\n".join([*blocks, *notes])
 
 
@@ -109,14 +110,52 @@ def _flops(run: dict[str, Any], name: str, unit: float = 1.0) -> str:
     return _NONE if run["flops"] is None else f"{run['flops'][name] / unit:.4f}"
 
 
-def _skipping_note(run: dict[str, Any], gates: dict[str, Any]) -> list[str]:
+def _skipping_note(run: dict[str, Any]) -> list[str]:
     span = run["gate_prob_range"]
     if run["mode"] != "threshold" or run["skip_ratio"] != 0 or span is None:
         return []
+    if span[1] >= run["tau"]:
+        return ["Nothing was skipped: every token that a gate would have let skip was protected."]
     return [
-        f"Nothing was skipped: the highest gate probability was {span[1]:.3f}, below tau {gates['tau']}; "
+        f"Nothing was skipped: the highest gate probability was {span[1]:.3f}, below tau {run['tau']}; "
         f"a lower --tau skips more."
     ]
+
+
+def setting(mode: str, tau: float | None) -> str:
+    """What an attempt was made with."""
+    return mode if tau is None else f"tau {tau:g}"
+
+
+def _safety_notes(result: dict[str, Any]) -> list[str]:
+    safety = result.get("safety")
+    if safety is None:
+        return []
+    metrics, attempts, lines = safety["metrics"], safety["attempts"], []
+    if safety["protect_structure"]:
+        kinds = {k: metrics[f"safety/protected_{k}_tokens"] for k in Structure}
+        named = ", ".join(f"{kind} {count}" for kind, count in kinds.items() if count)
+        lines.append(
+            f"Structure: {metrics['safety/protected_tokens']} of {metrics['safety/tokens']} fed tokens ran every "
+            f"layer{f' ({named})' if named else ''}."
+        )
+    if safety["validator"] is not None:
+        for number, attempt in enumerate(attempts, 1):
+            verdict = f"failed, {attempt['error']}" if attempt["error"] else "passed"
+            made_with = setting(attempt["mode"], attempt["tau"])
+            lines.append(f"Check {safety['validator']}, attempt {number} ({made_with}): {verdict}.")
+        lines.append(_kept(attempts))
+    return ["\n".join(lines)]
+
+
+def _kept(attempts: list[dict[str, Any]]) -> str:
+    last, total = attempts[-1], sum(a["flops"] for a in attempts)
+    cost = f"decoding executed {total / 1e9:.4f} GFLOPs in all attempts"
+    if last["error"] is None:
+        return f"Attempt {len(attempts)} was kept; {cost}, {last['flops'] / 1e9:.4f} in that one."
+    if last["mode"] == "dense":
+        return f"No attempt passed, not even the dense one; its text was kept; {cost}."
+    return f"The text was kept though it failed, since --reruns is 0; {cost}."
 
 
 def _comparison_notes(result: dict[str, Any]) -> list[str]:
