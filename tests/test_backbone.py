@@ -193,7 +193,9 @@ def test_new_modules_follow_the_seed_and_leave_torch_alone(given: str, tmp_path:
     assert torch.equal(torch.get_rng_state(), before)
     first, same, other = (dict(gate_tensors(m)) for m in models)
     assert all(torch.equal(first[name], same[name]) for name in first)
-    drawn = {name for name in first if first[name].float().std(correction=0) > 0 and "_N" not in name}
+    drawn = {
+        name for name in first if first[name].float().std(correction=0) > 0 and "_N" not in name
+    }
     assert len(drawn) > 50
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
     torch.manual_seed(5)
