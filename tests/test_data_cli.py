@@ -29,20 +29,17 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return code, said.out, said.err
 
 
+def small(corpus: str, out: Path, tokenizer: str) -> tuple[str, ...]:
+    """The words of a preparation into rows of 64 tokens."""
+    options = ("--tokenizer", tokenizer, "--sequence-tokens", "64")
+    return ("prepare", corpus, "--out", str(out), *options)
+
+
 def test_the_command_says_what_it_made(
     capsys: pytest.CaptureFixture[str], corpus: str, tokenizer: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    words = (
-        "prepare",
-        corpus,
-        "--out",
-        str(out),
-        "--tokenizer",
-        tokenizer,
-        "--sequence-tokens",
-        "64",
-    )
+    words = small(corpus, out, tokenizer)
     code, said, _ = run(capsys, *words, "--heldout-frac", "0.3", "--seed", "5")
     data = PackedShards.open(out)
     assert code == 0 and f"train    {len(data):,} sequences" in said and data.digest in said
@@ -71,16 +68,7 @@ def test_a_dry_run_estimates_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], corpus: str, tokenizer: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    words = (
-        "prepare",
-        corpus,
-        "--out",
-        str(out),
-        "--tokenizer",
-        tokenizer,
-        "--sequence-tokens",
-        "64",
-    )
+    words = small(corpus, out, tokenizer)
     code, said, _ = run(capsys, *words, "--dry-run")
     assert code == 0 and not out.exists() and corpus in said
     estimated = int(said.split("sequences of")[0].split()[-1].replace(",", ""))

@@ -273,8 +273,9 @@ def test_workers_that_die_or_fail() -> None:
 def test_a_lock_that_its_holder_left_behind_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".lock").write_text("1")
-    with WorkFolder(tmp_path / "out", Identity({}, ())):
-        pass
+    held, second = (WorkFolder(tmp_path / "out", Identity({}, ())) for _ in range(2))
+    with held, pytest.raises(BlockingIOError):  # taken over for real: another holder is refused
+        second.__enter__()
 
 
 def test_a_plan_names_units_and_settings(tokenizer: str, inputs: list[str]) -> None:

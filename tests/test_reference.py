@@ -103,7 +103,10 @@ def test_threshold_pass_equals_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n != "no gate"])
 def test_sampled_pass_equals_the_reference(name: str) -> None:
-    run_both(lively(**OPTIONS[name]), tokens(4, rows=1), [2], gates="sample", gate_seed=2**40 + 17)
+    found = run_both(
+        lively(**OPTIONS[name]), tokens(4, rows=1), [2], gates="sample", gate_seed=2**40 + 17
+    )
+    assert found.skip[:, found.taps.gated_BT].any() and not found.skip[:, :, :2].any()
 
 
 @pytest.mark.parametrize("name", ["default", "paper", "no gate"])

@@ -139,23 +139,7 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
 
         Raises ValueError, in one sentence, for arguments that do not fit.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, exactly one of them")
-        source = input_ids if input_ids is not None else inputs_embeds
-        assert source is not None
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = FBSCache(self.config.layer_count)
-        if cache is not None and not isinstance(cache, FBSCache):
-            raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; an FBS model needs an FBSCache (or None)"
-            )
-        past = cache.columns if cache is not None else 0
-        if past + source.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{past + source.shape[1]} tokens are more than the model's context of "
-                f"{self.config.max_position_embeddings}; shorten the prompt or ask for fewer new tokens"
-            )
+        source, cache = self._inputs(input_ids, inputs_embeds, past_key_values, use_cache)
         request = self._request(
             source,
             attention_mask,
@@ -186,7 +170,11 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
         if labels is not None:
             if cache is not None or input_ids is None:
                 raise ValueError("labels need a whole sequence of input_ids without a cache")
-            if dense is None and self._distils(request):
+            if (
+                dense is None
+                and self.config.loss_distill > 0
+                and request.mode is not GateMode.DENSE
+            ):
                 dense = self.dense_reference(
                     input_ids, attention_mask, position_ids, document_ids, window_temperature
                 )
@@ -196,6 +184,31 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
             )  # fmt: skip
             report = compute_losses(self.model, self.lm_head.weight, result, hidden, supervision)
         return _output(result, logits, hidden, cache, report, bool(output_hidden_states))
+
+    def _inputs(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cache: FBSCache | None,
+        use_cache: bool | None,
+    ) -> tuple[Tensor, FBSCache | None]:
+        """(tokens or their embeddings, cache) of a call, if they fit the model; ValueError, in one sentence."""
+        source = inputs_embeds if input_ids is None else input_ids
+        if source is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give input_ids or inputs_embeds, exactly one of them")
+        if cache is None and use_cache:
+            cache = FBSCache(self.config.layer_count)
+        if cache is not None and not isinstance(cache, FBSCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; an FBS model needs an FBSCache (or None)"
+            )
+        tokens = source.shape[1] + (0 if cache is None else cache.columns)
+        if tokens > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{tokens} tokens are more than the model's context of "
+                f"{self.config.max_position_embeddings}; shorten the prompt or ask for fewer new tokens"
+            )
+        return source, cache
 
     def _request(
         self, source: Tensor, attention_mask: Tensor | None, cache: FBSCache | None, gates: GateMode | str | None,
@@ -228,9 +241,6 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
         return GateRequest(
             mode, tau_B, start_B, gate_temperature, seed_B, skip, frozenset(never_skip)
         )
-
-    def _distils(self, request: GateRequest) -> bool:
-        return self.config.loss_distill > 0 and request.mode is not GateMode.DENSE
 
     @torch.no_grad()
     def dense_reference(
