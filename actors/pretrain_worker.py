@@ -181,7 +181,7 @@ class PretrainWorker:
             sums.add(self._accumulate(batch, plan, scope), batch)
         gradient_norm, applied = self.engine.step()
         self.model.model.forget_derived()
-        totals = self._reduce(sums.vector())
+        totals = self.reduce(sums.vector())
         figures = sums.figures(totals, scope, plan)
         if applied and figures["train/finite"]:
             self.rate_L, self.window_P = sums.means(totals, scope.counts)
@@ -217,7 +217,7 @@ class PretrainWorker:
     def _counts(self, batches: Sequence[MicroBatch], step: int) -> LossCounts:
         own = [batch.counts(self.model.config, step) for batch in batches]
         table = [[c.lm, c.preview, c.window, c.gated, c.rows] for c in own]
-        return LossCounts(*self._reduce(torch.tensor(table, dtype=torch.float64).sum(0)).tolist())
+        return LossCounts(*self.reduce(torch.tensor(table, dtype=torch.float64).sum(0)).tolist())
 
     def _accumulate(self, batch: MicroBatch, plan: StepPlan, scope: LossScope) -> Any:
         self.engine.module.train()
@@ -247,7 +247,7 @@ class PretrainWorker:
         self.engine.backward(out.loss)
         return out
 
-    def _reduce(self, sums: Tensor) -> Tensor:
+    def reduce(self, sums: Tensor) -> Tensor:
         """Sums over ranks, as float64 on the CPU."""
         if self.ranks == 1:
             return sums.double().cpu()
@@ -267,7 +267,7 @@ class PretrainWorker:
         """Held-out figures, equal on all ranks."""
         tuning, scored = self.heldout_batches()
         ratios = self.settings.evaluation.skip_ratios
-        return evaluate(self.model, tuning, scored, ratios, self._reduce)
+        return evaluate(self.model, tuning, scored, ratios, self.reduce)
 
     def heldout_batches(self) -> tuple[list[MicroBatch], list[MicroBatch]]:
         """This rank's share of the sequences that thresholds are found on, and of those that are scored."""
@@ -308,7 +308,7 @@ class PretrainWorker:
         modes: dict[str, dict[str, Any]] = {"dense": {"gates": "dense"}}
         if self.model.config.gate and wanted.skip_ratios:
             tuning = self._heldout(list(range(min(4, len(self.heldout_rows)))))
-            tau = find_threshold(self.model, tuning, wanted.skip_ratios[-1], self._reduce)
+            tau = find_threshold(self.model, tuning, wanted.skip_ratios[-1], self.reduce)
             modes["gated"] = {"gates": "threshold", "tau": tau}
         table = []
         self.model.eval()

@@ -1,7 +1,6 @@
 """python -m fbs_rl.bench train: tokens per second and MFU of Stage-1 steps, beside plain continual pretraining.
 
 All variants live in one process as DeepSpeed engines and take turns, one step each; figures are medians.
-`hf` is the backbone's own transformers class with its own loss, in the same engine.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import yaml
 
 from fbs_rl.checkpoint import LoadedModel, load_tokenizer
-from fbs_rl.config import from_tree, to_tree
+from fbs_rl.config import load_settings, to_tree
 from fbs_rl.model.backbone import ModelSource
 from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.training.costs import peak_flops, training_flops_per_token
@@ -39,13 +37,14 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 """Shapes of published models, for random weights: speed does not depend on what the weights are."""
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {"model": {"preset": "none"}, "phases": {"observe_frac": 1.0}},
-    "fbs 1a": {"model": {"preset": "default"}, "phases": {"observe_frac": 1.0}},
-    "fbs 1b": {"model": {"preset": "default"}, "phases": {"observe_frac": 0.0}},
-    "paper 1a": {"model": {"preset": "paper"}, "phases": {"observe_frac": 1.0}},
-    "paper 1b": {"model": {"preset": "paper"}, "phases": {"observe_frac": 0.0}},
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "plain": ("model.preset=none", "phases.observe_frac=1.0"),
+    "fbs 1a": ("model.preset=default", "phases.observe_frac=1.0"),
+    "fbs 1b": ("model.preset=default", "phases.observe_frac=0.0"),
+    "paper 1a": ("model.preset=paper", "phases.observe_frac=1.0"),
+    "paper 1b": ("model.preset=paper", "phases.observe_frac=0.0"),
 }
+"""Settings of each variant; plain has no FBS modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,34 +126,21 @@ def _start(name: str, arguments: argparse.Namespace) -> Any:
 
     if name not in VARIANTS:
         raise ValueError(f"no variant {name!r}; there are {', '.join(VARIANTS)}")
-    variant = VARIANTS[name]
-    tree: dict[str, Any] = {
-        "data": arguments.data,
-        "model": {"backbone": arguments.backbone, **variant["model"]},
-        "batch": {
-            "step_sequences": arguments.step_sequences,
-            "micro_sequences": arguments.micro_sequences,
-        },
-        "phases": {"steps": 1000, **variant["phases"]},
-        "cluster": {
-            "device": arguments.device,
-            "precision": arguments.precision,
-            "zero_stage": arguments.zero_stage,
-            "gradient_checkpointing": arguments.checkpointing,
-            "threads_per_rank": arguments.threads or torch.get_num_threads(),
-        },
-    }
-    for override in arguments.set:
-        key, _, value = override.partition("=")
-        section, _, last = key.rpartition(".")
-        node = tree
-        for part in section.split("."):
-            node = node.setdefault(part, {})
-        node[last] = yaml.safe_load(value)
-    if variant["model"]["preset"] == "none":
-        tree["model"].pop("options", None)
+    shared = (
+        f"data={arguments.data}",
+        f"model.backbone={arguments.backbone}",
+        f"batch.step_sequences={arguments.step_sequences}",
+        f"batch.micro_sequences={arguments.micro_sequences}",
+        "phases.steps=1000",
+        f"cluster.device={arguments.device}",
+        f"cluster.precision={arguments.precision}",
+        f"cluster.zero_stage={arguments.zero_stage}",
+        f"cluster.gradient_checkpointing={str(arguments.checkpointing).lower()}",
+        f"cluster.threads_per_rank={arguments.threads or torch.get_num_threads()}",
+    )
+    given = [o for o in arguments.set if name != "plain" or not o.startswith("model.options")]
+    settings = load_settings(PretrainSettings, None, [*shared, *VARIANTS[name], *given])
     print(f"starting {name} ...", file=sys.stderr, flush=True)
-    settings = from_tree(PretrainSettings, tree)
     made = make_random_model(arguments.geometry, settings.model) if arguments.geometry else None
     worker = PretrainWorker(0, 1, to_tree(settings))
     worker.start(*worker.address(), 0, None, made)

@@ -15,27 +15,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
-from fbs_rl.config import find_settings, from_tree, to_tree
+from fbs_rl.config import load_settings, to_tree
 from fbs_rl.data.shards import PackedShards
 from fbs_rl.model.baselines import random_skip, removal_harm, static_skip
 from fbs_rl.training.batches import MicroBatch
 from fbs_rl.training.evaluation import evaluate, measure
 from fbs_rl.training.settings import PretrainSettings
 
-ARMS: dict[str, dict[str, Any]] = {
-    "plain": {"model": {"preset": "none", "options": {}}, "phases": {"observe_frac": 1.0}},
-    "default": {"model": {"preset": "default"}},
-    "undistilled": {"model": {"preset": "default", "options": {"loss_distill": 0.0}}},
-    "frozen teacher": {"model": {"preset": "default"}, "phases": {"teacher": "phase_1a"}},
-    "paper": {
-        "model": {"preset": "paper"},
-        "phases": {"train_gated": "gates", "observe_frac": 0.5},
-    },
-    "paper, all trained": {"model": {"preset": "paper"}},
+_NO_MODULES = ("model.preset=none", "model.options={}", "phases.observe_frac=1.0")
+ARMS: dict[str, tuple[str, ...]] = {
+    "plain": _NO_MODULES,
+    "default": ("model.preset=default",),
+    "fitted": ("model.preset=default", "phases.gate_start=fitted"),
+    "undistilled": ("model.preset=default", "model.options.loss_distill=0.0"),
+    "frozen-teacher": ("model.preset=default", "phases.teacher=phase_1a"),
+    "paper": ("model.preset=paper", "phases.train_gated=gates", "phases.observe_frac=0.5"),
+    "paper-all": ("model.preset=paper",),
 }
+"""What tells each arm from the shared settings. paper-all trains everything in phase 1b, paper the gates alone."""
 _RATIOS = [0.1, 0.2, 0.3, 0.36, 0.5]
 _HARM_SEQUENCES = 8
 
@@ -81,7 +78,7 @@ def run_arm(name: str, settings: PretrainSettings, controls: bool) -> list[dict[
     base = {"arm": name, "tokens": tokens, "steps": steps, "train_s": round(timed, 1)}
     base["tokens_per_s"] = round(tokens / timed)
     tuning, scored = worker.heldout_batches()
-    figures = evaluate(worker.model, tuning, scored, settings.evaluation.skip_ratios, _alone)
+    figures = evaluate(worker.model, tuning, scored, settings.evaluation.skip_ratios, worker.reduce)
     rows = [
         {**base, "variant": "dense", "asked": 0.0, "skip": 0.0, "ppl": figures["eval/ppl_dense"]}
     ]
@@ -116,7 +113,7 @@ def _controls(worker: Any, scored: list[MicroBatch], ratios: list[float]) -> lis
         }
         for variant, make in makers.items():
             tally = measure(
-                model, scored, _alone,
+                model, scored, worker.reduce,
                 skip_of=lambda b, m=make: m(b).to(b.ids_BT.device) & b.gated_BT, gates="replay",
             )  # fmt: skip
             skip = float(tally.skip_rate_L.mean())
@@ -132,42 +129,23 @@ def _frozen_copy(worker: Any) -> Any:
     return copy.deepcopy(worker.model).requires_grad_(False).eval()
 
 
-def _alone(sums: torch.Tensor) -> torch.Tensor:
-    return sums
-
-
 def _settings(name: str, arguments: argparse.Namespace) -> PretrainSettings:
     if name not in ARMS:
         raise ValueError(f"no arm {name!r}; there are {', '.join(ARMS)}")
-    tree = yaml.safe_load(find_settings(arguments.config).read_text())
-    tree["data"] = arguments.data
-    tree.setdefault("model", {})["backbone"] = arguments.backbone
-    tree.setdefault("evaluation", {}).update(
-        skip_ratios=_RATIOS, sequences=arguments.heldout, calibration_sequences=32
+    shared = (
+        f"data={arguments.data}",
+        f"model.backbone={arguments.backbone}",
+        f"evaluation.skip_ratios={_RATIOS}",
+        f"evaluation.sequences={arguments.heldout}",
+        "evaluation.calibration_sequences=32",
     )
-    _merge(tree, ARMS[name])
-    if ARMS[name]["model"].get("options") == {}:
-        tree["model"]["options"] = {}
-    for override in arguments.set:
-        key, _, value = override.partition("=")
-        if name == "plain" and key.startswith("model.options"):
-            continue
-        *path, last = key.split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = yaml.safe_load(value)
-    if name == "plain":
-        tree["phases"]["observe_frac"] = 1.0
-    return from_tree(PretrainSettings, tree)
-
-
-def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
-    for key, value in changes.items():
-        if isinstance(value, dict):
-            _merge(tree.setdefault(key, {}), value)
-        else:
-            tree[key] = value
+    # What a model without FBS modules cannot be told is not for the plain arm.
+    given = [
+        o
+        for o in arguments.set
+        if name != "plain" or not o.startswith(("model.", "phases.observe_frac"))
+    ]
+    return load_settings(PretrainSettings, arguments.config, [*shared, *ARMS[name], *given])
 
 
 def _parser() -> argparse.ArgumentParser:

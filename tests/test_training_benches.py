@@ -1,0 +1,81 @@
+"""bench train and frontier on a tiny model: that they run and what they report, never how long it took."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.tiny_training import make_backbone, make_shards, settings_tree
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benches")
+    make_backbone(folder / "backbone")
+    make_shards(folder / "shards")
+    tree = settings_tree(folder, phases__steps=4)
+    del tree["data"], tree["model"]["backbone"]
+    (folder / "shared.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def rows_of(root: Path, *words: str) -> list[dict[str, Any]]:
+    """In a process of its own: DeepSpeed joins a process group for good."""
+    given = ["--data", str(root / "shards"), "--backbone", str(root / "backbone")]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, *given], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_the_frontier_measures_every_arm_on_the_same_tokens(root: Path) -> None:
+    rows = rows_of(
+        root, "fbs_rl.frontier", "--config", str(root / "shared.yaml"), "--arms", "plain,default",
+        "--heldout", "4", "--controls",
+    )  # fmt: skip
+    dense = {row["arm"]: row for row in rows if row["variant"] == "dense"}
+    assert set(dense) == {"plain", "default"}
+    assert dense["plain"]["tokens"] == dense["default"]["tokens"] > 0
+    assert [r for r in rows if r["arm"] == "plain"] == [dense["plain"]]
+    found = {(r["variant"], r["asked"]) for r in rows if r["arm"] == "default"}
+    # Two of four layers are as many as three free ones allow to be asked for.
+    assert {(v, a) for v in ("gates", "random", "static") for a in (0.1, 0.5)} <= found
+    for row in rows:
+        assert row["ppl"] > 1 and 0 <= row["skip"] <= 0.75
+        assert row["skip"] == 0 or row["variant"] != "dense"
+
+
+def test_bench_train_reports_each_variant(root: Path) -> None:
+    few = ["--steps", "2", "--warmups", "1", "--step-sequences", "2", "--micro-sequences", "1"]
+    small = settings_tree(root)["model"]["options"]
+    options = [w for k, v in small.items() for w in ("--set", f"model.options.{k}={v}")]
+    rows = rows_of(
+        root, "fbs_rl.bench", "train", "--json", "--variants", "plain,fbs 1b", "--device", "cpu",
+        "--precision", "fp32", "--threads", "1", *few, *options,
+    )  # fmt: skip
+    assert [row["variant"] for row in rows] == ["plain", "fbs 1b"]
+    assert rows[0]["share"] == 1.0 and all(row["tokens_per_s"] > 0 for row in rows)
+    assert all(row["mfu"] is None and row["peak_gb"] is None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["fbs_rl.frontier", "--arms", "plane"], "no arm 'plane'; there are plain, default"),
+        (["fbs_rl.bench", "train", "--variants", "x"], "no variant 'x'; there are plain"),
+        (["fbs_rl.frontier", "--set", "phases.stepz=1"], "did you mean phases.steps"),
+    ],
+)
+def test_mistakes_are_a_sentence(root: Path, words: list[str], sentence: str) -> None:
+    given = ["--data", str(root / "shards"), "--backbone", str(root / "backbone")]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, *given], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
