@@ -1,0 +1,257 @@
+"""FBSForCausalLM as a vLLM model: the whole of it, from embeddings to logits.
+
+The FBS modules are the classes of fbs_rl.model with their checkpoint names; only the backbone's products,
+its cache and the per-request memory are vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import maybe_prefix
+
+from fbs_rl.gate_bundle import GateBundle, apply_bundle
+from fbs_rl.model.chunk_head import BoundaryHead
+from fbs_rl.model.configuration import FBSConfig
+from fbs_rl.model.preview import Glance, PreviewHead
+from fbs_rl.serving.chunk_rows import ChunkReading, ChunkRows, ChunkStep, FixedChunks, ReaderPass
+from fbs_rl.serving.compact_walk import CompactWalk
+from fbs_rl.serving.masked_walk import MaskedWalk
+from fbs_rl.serving.paged_attention import PagedBatch
+from fbs_rl.serving.served_layer import Norm, ServedLayer, rms_norm
+from fbs_rl.serving.serving_settings import ServingSettings
+from fbs_rl.serving.step_plan import StepPlan, StepReport
+
+_STACKED = {
+    "k_proj": ("kv_proj", 0),
+    "v_proj": ("kv_proj", 1),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+
+
+class ServedModel(nn.Module):
+    """The decoder without its language-model head, with the memory of the requests it is serving."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        assert isinstance(config, FBSConfig)
+        self.config, self.page = config, vllm_config.cache_config.block_size
+        self.settings = ServingSettings.of(vllm_config)
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
+        )
+        self.layers = nn.ModuleList(
+            ServedLayer(config, vllm_config, i, f"{prefix}.layers.{i}")
+            for i in range(config.layer_count)
+        )
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.preview = PreviewHead(config) if config.paw else None
+        self.boundary = BoundaryHead(config) if config.chunk else None
+        self.register_buffer("_ones", torch.ones(config.hidden_size), persistent=False)
+        self._ones: Tensor
+        dtype, device = self._ones.dtype, self._ones.device
+        self.chunk_rows = ChunkRows(config, dtype, device) if config.chunk else None
+        self.entries = np.zeros((config.layer_count, 0), np.int64)  # per layer and request row
+        self.plan: StepPlan | None = None  # set by the runner around each real step
+        self.report: StepReport | None = None
+
+    def served_layers(self) -> Iterator[ServedLayer]:
+        for layer in self.layers:
+            assert isinstance(layer, ServedLayer)
+            yield layer
+
+    def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:  # fmt: skip
+        """Final normed states [N, d] of the step's tokens, padding included."""
+        state = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch = PagedBatch.current(self.layers[0].self_attn.attn, self.page)  # pyright: ignore
+        if batch is None:
+            return self.norm(self._without_cache(state, positions))
+        assert self.plan is not None, "a step must come through the FBS runner"
+        tokens = len(batch.slot_N)
+        self._restart(self.plan, batch)
+        entry_LR = self.entries[:, self.plan.row_R]
+        masked = self.settings.masked and batch.decodes and self.plan.asks
+        walk_class: Any = MaskedWalk if masked else CompactWalk
+        walk = walk_class(self, self.plan, batch, positions[:tokens], entry_LR)
+        found, self.report = walk.run(state[:tokens])
+        self.entries[:, self.plan.row_R] = walk.entry_LR
+        if tokens < len(state):
+            found = torch.cat((found, state[tokens:]))
+        return self.norm(found)
+
+    def _restart(self, plan: StepPlan, batch: PagedBatch) -> None:
+        """Memory for the step's requests; those that begin have what lies in the cache before their tokens."""
+        rows = int(plan.row_R.max()) + 1
+        if rows > self.entries.shape[1]:
+            added = np.zeros((len(self.entries), max(rows, 8)), np.int64)
+            self.entries = np.concatenate([self.entries, added], axis=1)
+        restart = plan.restart_R
+        self.entries[:, plan.row_R[restart]] = batch.before_R[restart]
+        if self.chunk_rows is not None:
+            self.chunk_rows.reserve(rows)
+            for row in plan.row_R[restart].tolist():
+                self.chunk_rows.reset(row)
+
+    def _without_cache(self, state: Tensor, positions: Tensor) -> Tensor:
+        """The shape of a step for vLLM's memory profile: every layer and module, no attention, no memory."""
+        glance = None
+        for layer in self.served_layers():
+            normed = self.unit_norm(state)
+            glance = self.look(layer, normed, glance)
+            injected = self.inject(layer, state, glance, None, None)
+            attention = layer.self_attn
+            query, _, _ = attention.queries_keys_values(
+                layer.input_norm(injected, state, normed), positions
+            )
+            state = layer.finish(injected, query)
+        return state
+
+    # --- what both walks are made of --------------------------------------------------------------
+
+    def unit_norm(self, state_Nd: Tensor) -> Tensor:
+        """x̂: the state normed without a weight."""
+        return rms_norm(state_Nd, self._ones, self.config.rms_norm_eps)
+
+    def look(self, layer: ServedLayer, normed_Nd: Tensor, earlier: Glance | None) -> Glance | None:
+        """What the layer's PAW sees, or what the PAW before it saw."""
+        if layer.paw is None:
+            return earlier
+        assert self.preview is not None
+        normed = normed_Nd.unsqueeze(0)
+        query = layer.paw.query(normed, self.preview)
+        shortlist = None if earlier is None else earlier.shortlist
+        if shortlist is None:
+            shortlist = self.preview.shortlist(query, self.embed_tokens.weight)
+        return layer.paw(normed, query, self.preview, shortlist, self.config.paw_temperature)
+
+    def find_chunks(self, normed_Nd: Tensor, plan: StepPlan, length_R: np.ndarray) -> ChunkStep:
+        """Boundaries of the step's tokens, and what they do to the requests' chunks."""
+        assert self.boundary is not None and self.chunk_rows is not None
+        logits, _ = self.boundary(normed_Nd.unsqueeze(0))
+        return self.chunk_rows.advance(plan.row_R, length_R, logits[0].argmax(-1).cpu().numpy())
+
+    def fix_chunks(self, normed_Rd: Tensor, plan: StepPlan) -> FixedChunks:
+        """The same for a decode step, without leaving the device."""
+        assert self.boundary is not None and self.chunk_rows is not None
+        logits, _ = self.boundary(normed_Rd.unsqueeze(0))
+        row_R = torch.from_numpy(plan.row_R).to(normed_Rd.device)
+        return FixedChunks(self.chunk_rows, row_R, logits[0].argmax(-1))
+
+    def read_chunks(
+        self, layer: ServedLayer, step: ChunkStep | None, normed_Nd: Tensor
+    ) -> ReaderPass | None:
+        if layer.chunk_reader is None:
+            return None
+        assert step is not None and self.chunk_rows is not None
+        return ReaderPass(self.chunk_rows, layer.index, layer.chunk_reader, step, normed_Nd)
+
+    def gate_probability(
+        self, layer: ServedLayer, normed_Nd: Tensor, motion_1N2: Tensor, glance: Glance | None
+    ) -> Tensor | None:
+        """p [N] of the layer's block, float32; None if it has no gate."""
+        if layer.skip_gate is None:
+            return None
+        return torch.sigmoid(layer.skip_gate(normed_Nd.unsqueeze(0), motion_1N2, glance))[0]
+
+    def inject(
+        self, layer: ServedLayer, state_Nd: Tensor, glance: Glance | None, reader: ChunkReading | None,
+        index: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """h̃ of these tokens (index None: all), the same object as h where the layer adds nothing."""
+        injected = state_Nd
+        if layer.paw is not None:
+            assert glance is not None
+            pooled = glance.pooled_BTE[0]
+            injected = layer.paw.inject(injected, pooled if index is None else pooled[index])
+        if reader is not None:
+            injected = injected + reader.read(index)
+        return injected
+
+    def forget_derived(self) -> None:
+        """Drop what is kept of weights between calls, after they changed."""
+        if self.preview is not None:
+            self.preview.forget_derived()
+        for layer in self.served_layers():
+            if layer.paw is not None:
+                layer.paw.forget_derived()
+
+
+class FBSForCausalLM(nn.Module):
+    """What vLLM loads for the architecture FBSForCausalLM."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: FBSConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.model = ServedModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        return self.model(input_ids, positions, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Names that were filled. Raises ValueError for a checkpoint with other FBS modules than its configuration."""
+        targets: dict[str, Any] = dict(self.named_parameters())
+        targets |= {n: b for n, b in self.named_buffers() if n.startswith("model.preview.")}
+        filled: set[str] = set()
+        for name, tensor in weights:
+            if self.config.tie_word_embeddings and name.startswith("lm_head."):
+                continue
+            *path, part, last = name.split(".")
+            shard = _STACKED.get(part)
+            if shard is not None:
+                name = ".".join((*path, shard[0], last))
+            if name not in targets:
+                raise ValueError(
+                    f"the checkpoint has {name}, of which its configuration knows nothing"
+                )
+            target = targets[name]
+            if shard is not None:
+                target.weight_loader(target, tensor, shard[1])
+            else:
+                getattr(target, "weight_loader", default_weight_loader)(target, tensor)
+            filled.add(name)
+        tied = self.config.tie_word_embeddings
+        missing = sorted(
+            name
+            for name in targets.keys() - filled
+            if not (tied and name.startswith("lm_head.")) and ".attn." not in name
+        )
+        if missing:
+            raise ValueError(f"the checkpoint lacks {len(missing)} tensors, {missing[0]} first")
+        self.model.forget_derived()
+        return filled
+
+    @torch.no_grad()
+    def apply_gates(self, bundle: GateBundle) -> None:
+        """Copy a bundle's tensors in place; ValueError, with nothing changed, if one does not fit."""
+        named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        apply_bundle(named, bundle)
+        self.model.forget_derived()

@@ -1,0 +1,61 @@
+"""Engine-wide settings of the plugin: what `additional_config={"fbs": {...}}` may say."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ServingSettings:
+    """decode_path: "compact" drops rows that skip, "masked" has fixed shapes and no host decisions.
+
+    batch: "independent" gates, or "consensus": one decision for all rows of a step, by mean probability.
+    trace_bytes, trace_s: how much and how long finished traces are kept for somebody to fetch them.
+    stats_file: where counters go for /metrics (set by the plugin).
+    """
+
+    decode_path: str = "compact"
+    batch: str = "independent"
+    trace_bytes: int = 256 << 20
+    trace_s: float = 600.0
+    stats_file: str = ""
+
+    def __post_init__(self) -> None:
+        _choose("decode_path", self.decode_path, ("compact", "masked"))
+        _choose("batch", self.batch, ("independent", "consensus"))
+        for name in ("trace_bytes", "trace_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"fbs.{name} is {getattr(self, name)}; give more than 0")
+
+    @property
+    def masked(self) -> bool:
+        return self.decode_path == "masked"
+
+    @property
+    def consensus(self) -> bool:
+        return self.batch == "consensus"
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> ServingSettings:
+        """Raises ValueError, in one sentence, for a name that does not exist or a value that cannot work."""
+        names = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = (
+                    f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"
+                )
+                raise ValueError(f"additional_config['fbs'] has no setting {name!r}{hint}")
+        return cls(**given)
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> ServingSettings:
+        return cls.parse((vllm_config.additional_config or {}).get("fbs", {}))
+
+
+def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"fbs.{name} is {value!r}; it must be one of {', '.join(allowed)}")

@@ -1,0 +1,181 @@
+"""All requests of an engine: plans each step for the model, and keeps what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fbs_rl.decode.safety import StructureGuard
+from fbs_rl.model.configuration import FBSConfig
+from fbs_rl.serving.request_options import RequestOptions
+from fbs_rl.serving.serving_settings import ServingSettings
+from fbs_rl.serving.session import Session
+from fbs_rl.serving.step_plan import StepPlan, StepReport
+from fbs_rl.serving.step_stats import StepStats
+from fbs_rl.serving.trace_store import GateTrace, TraceStore
+from fbs_rl.types import GateMode
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """The tokens of one request in a step: `tokens` fed from position `first` on, of a prompt of prompt_tokens.
+
+    extra_args: of its SamplingParams. prompt_ids: of the prompt.
+    """
+
+    request_id: str
+    first: int
+    tokens: Sequence[int]
+    prompt_ids: Sequence[int]
+    extra_args: dict[str, Any] | None
+
+
+@dataclass(slots=True)
+class _Columns:
+    """Which of a step's tokens become columns of a request's trace."""
+
+    session: Session
+    first: int
+    count: int
+
+
+class Sessions:
+    """decode: text of token ids, for requests that protect structure; None: the engine has no tokenizer."""
+
+    def __init__(
+        self, config: FBSConfig, settings: ServingSettings, device: torch.device,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.settings, self.device, self.decode = config, settings, device, decode
+        self.traces = TraceStore(config.layer_count, settings.trace_bytes, settings.trace_s)
+        self.stats = StepStats.create(settings.stats_file) if settings.stats_file else None
+        self.version = 0
+        self._sessions: dict[str, Session] = {}
+        self._free_rows: list[int] = []
+        self._recorded: list[_Columns] = []
+        self._replayed = 0
+
+    # --- before a step ----------------------------------------------------------------------------
+
+    def plan(self, scheduled: Sequence[Scheduled]) -> StepPlan:
+        """Who may skip what in a step that feeds these tokens, in the batch's order."""
+        sessions = [self._session(item) for item in scheduled]
+        pairs = list(zip(scheduled, sessions, strict=True))
+        restart = [item.first != session.reached for item, session in pairs]
+        self._recorded, self._replayed = [], 0
+        bars, asks, replays = [], False, False
+        offset = 0
+        for item, session in pairs:
+            bar_Ln, new = self._bars(session, item)
+            replays |= bool(np.isneginf(bar_Ln).any())
+            asks |= bool(np.isfinite(bar_Ln).any())
+            if new:
+                first = offset + len(item.tokens) - new
+                self._recorded.append(_Columns(session, first, new))
+            bars.append(bar_Ln)
+            session.reached = item.first + len(item.tokens)
+            session.next_position = max(session.next_position, session.reached)
+            offset += len(item.tokens)
+        rows_R = np.array([session.row for session in sessions])
+        plan = StepPlan(rows_R, np.array(restart))
+        if asks or replays:
+            bar_LN = np.concatenate(bars, axis=1)
+            # One decision for all is possible only where all decode; else the layer runs for the others anyway.
+            plan.consensus = self.settings.consensus and bar_LN.shape[1] == len(rows_R)
+            if self.settings.consensus and not plan.consensus:
+                bar_LN[np.isfinite(bar_LN)] = np.inf
+                asks = False
+            plan.bar_LN, plan.asks = torch.from_numpy(bar_LN).to(self.device), asks
+        return plan
+
+    def _session(self, item: Scheduled) -> Session:
+        session = self._sessions.get(item.request_id)
+        if session is None:
+            options = RequestOptions.parse(item.extra_args, self.config)
+            row = self._free_rows.pop() if self._free_rows else len(self._sessions)
+            session = Session.begin(
+                item.request_id, options, row, len(item.prompt_ids), self.config, self._guard(options, item)
+            )  # fmt: skip
+            self._sessions[item.request_id] = session
+            self.traces.open(
+                item.request_id, options.key, len(item.prompt_ids), session.decode_start,
+                gates_on=options.mode is not GateMode.DENSE,
+            )  # fmt: skip
+        return session
+
+    def _guard(self, options: RequestOptions, item: Scheduled) -> StructureGuard | None:
+        if not options.protect_structure or options.mode is GateMode.DENSE or self.decode is None:
+            return None
+        return StructureGuard.of(self.decode, prompt_ids=[list(item.prompt_ids)[-8:]])
+
+    def _bars(self, session: Session, item: Scheduled) -> tuple[np.ndarray, int]:
+        """Bars of the item's tokens, and how many of them, at its end, are new columns."""
+        count = len(item.tokens)
+        bar_Ln = np.full((self.config.layer_count, count), np.inf, np.float32)
+        replayed, new = session.columns(item.first, count)
+        if replayed:
+            column = max(item.first, session.decode_start) - session.decode_start
+            skip_nL = self.traces.skips(session.request_id, column, column + replayed)
+            stop = count - new
+            bar_Ln[:, stop - replayed : stop][skip_nL.T] = -np.inf
+            self.traces.note_replay(session.request_id, replayed)
+            self._replayed += replayed
+        if new:
+            position_n = np.arange(item.first + count - new, item.first + count)
+            tokens = list(item.tokens[count - new :])
+            bar_Ln[:, count - new :] = session.bars(position_n, tokens, self.config)
+        return bar_Ln, new
+
+    # --- after a step -----------------------------------------------------------------------------
+
+    def keep(self, report: StepReport) -> None:
+        """Add what the planned step did to its requests' traces."""
+        columns = skipped = protected = 0
+        for part in self._recorded:
+            session, span = part.session, slice(part.first, part.first + part.count)
+            shown_nL = (report.prob_LN[:, span] * session.free_L[:, None]).T
+            if session.options.mode is GateMode.DENSE:
+                shown_nL = np.zeros_like(shown_nL)
+            skip_nL = report.skip_LN[:, span].T
+            self.traces.append(
+                session.request_id, skip_nL, shown_nL, self.version,
+                np.array(session.protected, np.uint8),
+                None if report.closes_N is None else report.closes_N[span],
+                None if report.chunks_N is None else report.chunks_N[span],
+            )  # fmt: skip
+            columns += part.count
+            skipped += int(skip_nL.sum())
+            protected += sum(kind > 0 for kind in session.protected)
+        if self.stats is not None:
+            self.stats.add(
+                decode_tokens=columns, decode_layer_tokens=columns * self.config.layer_count,
+                skipped_layer_tokens=skipped, protected_tokens=protected, replayed_tokens=self._replayed,
+                layers_entered=report.entered, layers_skipped_whole=report.passed_over,
+            )  # fmt: skip
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        """These requests are over."""
+        for request_id in request_ids:
+            session = self._sessions.pop(request_id, None)
+            if session is None:
+                continue
+            self._free_rows.append(session.row)
+            trace = self.traces.finish(request_id)
+            if trace is not None and self.stats is not None and len(trace.skip_TL):
+                cost = trace.cost(self.config)
+                self.stats.add(
+                    executed_flops=float(cost.flops_BT.sum()), dense_flops=float(cost.dense_flops_BT.sum())
+                )  # fmt: skip
+        if self.stats is not None:
+            self.stats.set(traces_dropped=self.traces.dropped, gate_version=self.version)
+
+    def take(self, keys: Sequence[str] | None) -> list[dict[str, Any]]:
+        """Traces in wire form; of requests that still run, what there is so far."""
+        return self.traces.take(keys)
+
+    def running(self) -> list[GateTrace]:
+        return [self.traces.peek(name) for name in self._sessions]
