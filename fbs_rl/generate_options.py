@@ -88,7 +88,7 @@ def _add_gate_options(parser: argparse.ArgumentParser) -> None:
         "layers that always run: 0,1,-1 or first:2,last:6 (write =-1,0 where a minus comes first)"
     )
     gates.add_argument(
-        "--never-skip", type=_layers, default=NeverSkip(), metavar="LAYERS", help=never
+        "--never-skip", type=parse_layers, default=NeverSkip(), metavar="LAYERS", help=never
     )
     structure = "skip nothing inside brackets, quotations, JSON and code"
     gates.add_argument("--protect-structure", action="store_true", help=structure)
@@ -111,7 +111,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--verbose", action="store_true", help=verbose)
 
 
-def _layers(text: str) -> NeverSkip:
+def parse_layers(text: str) -> NeverSkip:
     parts = text.split(",")
     spans = [(found[1], int(found[2])) for part in parts if (found := _SPAN.fullmatch(part))]
     counts = dict(spans)

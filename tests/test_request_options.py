@@ -198,9 +198,15 @@ def test_options_that_could_change_nothing_are_refused() -> None:
     assert 'gates is "sample"; add gates="threshold"' in refusal(
         {"gates": "sample", "gate_seed": 1, "tau": 0.5}
     )
-    assert 'add gates="sample"' in refusal({"gate_seed": 1})
-    assert 'gates is "dense"; add gates="threshold"' in refusal({"tau": 0.5}, gates="dense")
+    assert 'add gates="sample"' in refusal({"gate_seed": 1, "gates": "threshold"})
+    assert 'gates is "sample"; add gates="threshold"' in refusal({"gate_seed": 1, "tau": 0.5})
     assert "without validate" in refusal({"reruns": 1})
+
+
+def test_a_threshold_or_a_seed_says_what_decides() -> None:
+    assert parse({"tau": 0.5}, gates="dense").mode is GateMode.THRESHOLD
+    assert parse({"gate_seed": 3}, gates="dense").mode is GateMode.SAMPLE
+    assert parse({}, gates="dense").mode is GateMode.DENSE
 
 
 def test_sampling_needs_a_seed_and_gates_need_a_model_with_gates() -> None:

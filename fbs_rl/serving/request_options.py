@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fbs_rl.decode.safety import VALIDATORS, critical_layers
-from fbs_rl.generate_options import _layers as parse_layers
+from fbs_rl.generate_options import parse_layers
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.types import GateMode
 
@@ -33,7 +33,8 @@ _ALLOWED = {
     "reruns": "an integer, 0 or more",
 }
 _MEANING = {
-    "gates": "what decides whether a token skips a layer (default: the model's)",
+    "gates": "what decides whether a token skips a layer (default: threshold with tau, sample with gate_seed, "
+    "else the model's)",
     "tau": "skip where a gate's probability is at least this (default: the model's)",
     "gate_seed": "noise of sampled gates; draws are a function of it",
     "request_key": "the caller's own name of the request's trace; without one no trace is kept",
@@ -78,7 +79,7 @@ class RequestOptions:
         _refuse_slips(extra_args)
         given = {name: value for name in _ALLOWED if (value := extra_args.get(name)) is not None}
         read = {name: _READERS[name](value, config) for name, value in given.items()}
-        mode: GateMode = read.get("gates", GateMode(config.gates))
+        mode: GateMode = read.get("gates", _implied_mode(read, config))
         _check_together(mode, read, config)
         tries = _RERUNS if "validate" in read else 0
         return cls(
@@ -118,6 +119,13 @@ def _refuse_slips(extra_args: Mapping[str, Any]) -> None:
         close = difflib.get_close_matches(plain, _ALLOWED, n=1, cutoff=_CLOSE)
         if close:
             raise ValueError(f"unknown option {name!r}; did you mean {close[0]!r}?")
+
+
+def _implied_mode(read: Mapping[str, Any], config: FBSConfig) -> GateMode:
+    """A seed asks for sampled gates and τ for threshold gates; else what the model is made for."""
+    if "gate_seed" in read:
+        return GateMode.SAMPLE
+    return GateMode.THRESHOLD if "tau" in read else GateMode(config.gates)
 
 
 def _check_together(mode: GateMode, read: Mapping[str, Any], config: FBSConfig) -> None:

@@ -7,9 +7,8 @@ fed token behind decode_start.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +67,11 @@ class GateTrace:
                 f"a trace needs skip and prob [T, L] and the rest [T], got {self.skip_TL.shape}, "
                 f"{self.prob_TL.shape} and {sorted(shapes)}"
             )
+
+    def first(self, tokens: int) -> GateTrace:
+        """The same trace with its first columns only: those behind them are of tokens that nobody asked for."""
+        columns = ("skip_TL", "prob_TL", "version_T", "protected_T", "closes_T", "chunks_T")
+        return replace(self, **{name: getattr(self, name)[:tokens] for name in columns})
 
     @property
     def action_logp_TL(self) -> np.ndarray:
@@ -333,10 +337,11 @@ class TraceStore:
         return trace
 
     def take(self, keys: Sequence[str] | None) -> list[dict[str, Any]]:
-        """The finished traces of these keys (None: all), in wire form, and forget them.
+        """The traces of these keys in wire form, taken once; None: all finished ones.
 
-        In the order of the keys; several requests of one key in the order in which they finished.
-        Raises ValueError if a key has no finished trace; nothing is taken then.
+        In the order of the keys; several requests of one key in the order in which they finished. A request that
+        still runs gives what there is so far, and no more later: an engine may hear of an end a step late.
+        Raises ValueError if a key has no trace; nothing is taken then.
         """
         if keys is None:
             taken, self._finished = self._finished, []
@@ -345,21 +350,26 @@ class TraceStore:
             place = {key: i for i, key in reversed(list(enumerate(keys)))}
             taken = [request for request in self._finished if request.key in place]
             self._finished = [request for request in self._finished if request.key not in place]
+            taken += [request for request in self._running.values() if request.key in place]
             taken.sort(key=lambda request: place[request.key or ""])
-        self._bytes -= sum(len(request.columns) for request in taken)
-        return [request.wire(self._layer_count, self._column.itemsize) for request in taken]
+        wires = [request.wire(self._layer_count, self._column.itemsize) for request in taken]
+        for request in taken:
+            if request.finished_s is None:
+                request.key = None
+            else:
+                self._bytes -= len(request.columns)
+        return wires
 
     def _refuse_missing(self, keys: Sequence[str]) -> None:
-        finished = {request.key for request in self._finished}
-        missing = [key for key in dict.fromkeys(keys) if key not in finished]
+        known = {request.key for request in [*self._finished, *self._running.values()]}
+        missing = [key for key in dict.fromkeys(keys) if key not in known]
         if not missing:
             return
-        running = Counter(request.key for request in self._running.values())
-        named = [f"{key!r}{' (still running)' * (running[key] > 0)}" for key in missing[:_NAMED]]
+        named = [repr(key) for key in missing[:_NAMED]]
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise ValueError(
-            f"there is no finished trace of {', '.join(named)}{more}; ask once the request has ended, "
-            f"within {self._keep_s:g} s, for the request_key it was sent with"
+            f"there is no trace of {', '.join(named)}{more}; ask within {self._keep_s:g} s of the request's end, "
+            f"for the request_key it was sent with"
         )
 
     def drop_stale(self) -> int:
