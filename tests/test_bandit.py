@@ -23,11 +23,10 @@ from fbs_rl.rl.advantages import (
     compute_advantages,
 )
 from fbs_rl.rl.critic import ValueHead
+from fbs_rl.rl.gate_policy import GatePolicy, ProbabilityBound
 from fbs_rl.rl.ppo_loss import (
-    GatePolicy,
     LossInputs,
     PPOLossSettings,
-    ProbabilityBound,
     Ratio,
     ValueInputs,
     log_probability,

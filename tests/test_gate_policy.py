@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fbs_rl.model.skip_gate import gate_uniform
-from fbs_rl.rl.ppo_loss import GatePolicy, ProbabilityBound
+from fbs_rl.rl.gate_policy import GatePolicy, ProbabilityBound
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
+from fbs_rl.rl.gate_policy import GatePolicy, ProbabilityBound
 from fbs_rl.rl.ppo_loss import (
-    GatePolicy,
     LossInputs,
     PPOLossSettings,
-    ProbabilityBound,
     Ratio,
     StepCounts,
     ValueInputs,

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from fbs_rl.decode.structure import Structure
 from fbs_rl.decoding import Generation, decode, measures
-from fbs_rl.serving.trace_store import GateTrace, TraceStore
+from fbs_rl.gate_trace import GateTrace
+from fbs_rl.serving.trace_store import TraceStore
 from fbs_rl.types import GateMode
 from tests.tiny import VOCAB, lively
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fbs_rl.gate_bundle import GateBundle
-from fbs_rl.serving.trace_store import GateTrace
+from fbs_rl.gate_trace import GateTrace
 
 if TYPE_CHECKING:
     from vllm import LLM

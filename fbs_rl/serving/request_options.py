@@ -15,6 +15,7 @@ from typing import Any
 from fbs_rl.decode.safety import VALIDATORS, critical_layers
 from fbs_rl.generate_options import parse_layers
 from fbs_rl.model.configuration import FBSConfig
+from fbs_rl.rl.gate_policy import GatePolicy, ProbabilityBound
 from fbs_rl.types import GateMode
 
 _MODES = (GateMode.THRESHOLD, GateMode.SAMPLE, GateMode.DENSE)
@@ -25,6 +26,7 @@ _ALLOWED = {
     "gates": f"one of {', '.join(_MODES)}",
     "tau": "a number in [0, 1]",
     "gate_seed": "an integer from -2^63 to 2^63 - 1",
+    "gate_policy": "a list of temperature, lowest and highest probability, such as [1.0, 0.02, 0.98]",
     "request_key": f"a string of 1 to {_KEY_CHARS} characters",
     "never_skip": 'a list of layers such as [0, 1, -1], or a string such as "first:2,last:6"',
     "protect_structure": "true or false",
@@ -37,6 +39,7 @@ _MEANING = {
     "else the model's)",
     "tau": "skip where a gate's probability is at least this (default: the model's)",
     "gate_seed": "noise of sampled gates; draws are a function of it",
+    "gate_policy": "sampled gates draw with low + (high - low)·σ(logit(p) / temperature) instead of p",
     "request_key": "the caller's own name of the request's trace; without one no trace is kept",
     "never_skip": "layers that always run, besides the model's own",
     "protect_structure": "skip nothing inside brackets, quotations, JSON and code",
@@ -51,7 +54,7 @@ class RequestOptions:
     """One request's settings, checked.
 
     mode: THRESHOLD, SAMPLE or DENSE. tau: threshold on the probability of skipping, in [0, 1]. seed: int64
-    noise seed, 0 where nothing is drawn. key: the caller's own name of its trace; None: none is kept.
+    noise seed, 0 where nothing is drawn. policy: what decisions are drawn with; None: p itself. key: the caller's own name of its trace; None: none is kept.
     never_skip: layers from 0, besides the model's own. decode_start: first token index at which gates may
     act; None: the prompt's length, and less scores given tokens. validate: a name in VALIDATORS.
     reruns: attempts after the first that a failed check may cost.
@@ -66,6 +69,7 @@ class RequestOptions:
     decode_start: int | None
     validate: str | None
     reruns: int
+    policy: GatePolicy | None = None
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None, config: FBSConfig) -> RequestOptions:
@@ -92,6 +96,7 @@ class RequestOptions:
             decode_start=read.get("decode_start"),
             validate=read.get("validate"),
             reruns=read.get("reruns", tries),
+            policy=read.get("gate_policy"),
         )
 
     @staticmethod
@@ -137,7 +142,11 @@ def _check_together(mode: GateMode, read: Mapping[str, Any], config: FBSConfig) 
         raise ValueError("reruns is given without validate; name a check, or leave reruns out")
     if mode is GateMode.DENSE and "gates" in read:
         return
-    needs = {"tau": GateMode.THRESHOLD, "gate_seed": GateMode.SAMPLE}
+    needs = {
+        "tau": GateMode.THRESHOLD,
+        "gate_seed": GateMode.SAMPLE,
+        "gate_policy": GateMode.SAMPLE,
+    }
     for name, wanted in needs.items():
         if name in read and mode is not wanted:
             raise ValueError(
@@ -176,6 +185,17 @@ def _tau(value: object, _: FBSConfig) -> float:
 
 def _seed(value: object, _: FBSConfig) -> int:
     return _whole("gate_seed", value, -(2**63), 2**63 - 1)
+
+
+def _policy(value: object, _: FBSConfig) -> GatePolicy:
+    numbers = isinstance(value, list | tuple) and len(value) == 3
+    if not numbers or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
+        raise _wrong("gate_policy", value)
+    temperature, low, high = map(float, value)
+    try:
+        return GatePolicy(temperature=temperature, low=low, high=high, bound=ProbabilityBound.MIX)
+    except ValueError as error:
+        raise ValueError(f"gate_policy: {error}") from error
 
 
 def _key(value: object, _: FBSConfig) -> str:
@@ -235,6 +255,7 @@ _READERS = {
     "gates": _mode,
     "tau": _tau,
     "gate_seed": _seed,
+    "gate_policy": _policy,
     "request_key": _key,
     "never_skip": _never_skip,
     "protect_structure": _flag,

@@ -82,4 +82,6 @@ class Session:
         leader_L11 = layer_L11 - layer_L11 % config.gate_block  # one decision a block
         seed_1 = torch.tensor([self.options.seed])
         position_1n = torch.from_numpy(position_n).unsqueeze(0)
-        return gate_uniform(seed_1, position_1n, leader_L11)[:, 0].numpy()
+        noise_Ln = gate_uniform(seed_1, position_1n, leader_L11)[:, 0]
+        policy = self.options.policy
+        return (noise_Ln if policy is None else policy.noise(noise_Ln)).numpy()

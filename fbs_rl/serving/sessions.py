@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from fbs_rl.decode.safety import StructureGuard
+from fbs_rl.gate_trace import GateTrace
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.serving.request_options import RequestOptions
 from fbs_rl.serving.serving_settings import ServingSettings
 from fbs_rl.serving.session import Session
 from fbs_rl.serving.step_plan import StepPlan, StepReport
 from fbs_rl.serving.step_stats import StepStats
-from fbs_rl.serving.trace_store import GateTrace, TraceStore
+from fbs_rl.serving.trace_store import TraceStore
 from fbs_rl.types import GateMode
 
 
