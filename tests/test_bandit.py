@@ -155,13 +155,13 @@ def train(
     return logit_LT.detach().sigmoid()
 
 
-DEFAULT = AdvantageSettings(), PPOLossSettings(), GatePolicy()
+DEFAULT = AdvantageSettings(), PPOLossSettings(), GatePolicy(bound=ProbabilityBound.CLIP)
 VARIANTS: dict[str, tuple[AdvantageSettings, PPOLossSettings, GatePolicy]] = {
     "default": DEFAULT,
     "critic": (
         AdvantageSettings(credit=Credit.EPISODE, baseline=Baseline.CRITIC),
         PPOLossSettings(value_clip=0.2),
-        GatePolicy(),
+        GatePolicy(bound=ProbabilityBound.CLIP),
     ),
     "group": (
         AdvantageSettings(credit=Credit.TO_GO, baseline=Baseline.GROUP),
@@ -171,12 +171,12 @@ VARIANTS: dict[str, tuple[AdvantageSettings, PPOLossSettings, GatePolicy]] = {
     "batch, ratio per token": (
         AdvantageSettings(window_tokens=2, baseline=Baseline.BATCH),
         PPOLossSettings(ratio=Ratio.TOKEN),
-        GatePolicy(),
+        GatePolicy(bound=ProbabilityBound.CLIP),
     ),
     "joint ratio": (
         AdvantageSettings(credit=Credit.EPISODE),
         PPOLossSettings(ratio=Ratio.JOINT),
-        GatePolicy(),
+        GatePolicy(bound=ProbabilityBound.CLIP),
     ),
 }
 
@@ -238,8 +238,8 @@ def test_gold_quality_alone_is_best_off_skipping_everything_generated(
 def test_a_gate_beyond_the_clip_learns_nothing_and_one_beyond_the_mixed_bound_does() -> None:
     task, still = bandit(FOUR), PPOLossSettings(entropy_coef=0.0)
     p = torch.full((GATES, 4), -4.0).sigmoid()
-    assert p.max() < GatePolicy().low
-    clipped = train(task, 0, DEFAULT[0], still, GatePolicy(), start=-4.0)
+    assert p.max() < GatePolicy(bound=ProbabilityBound.CLIP).low
+    clipped = train(task, 0, DEFAULT[0], still, GatePolicy(bound=ProbabilityBound.CLIP), start=-4.0)
     assert torch.equal(clipped, p)
     mixed = train(task, 0, DEFAULT[0], still, GatePolicy(bound=ProbabilityBound.MIX), start=-4.0)
     assert torch.equal(mixed > 10 * p, task.best())

@@ -20,11 +20,12 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def test_policy_probability_by_hand() -> None:
     prob = torch.tensor([0.001, 0.02, 0.3, 0.9, 0.999])
-    assert GatePolicy().probability(prob).tolist() == pytest.approx([0.02, 0.02, 0.3, 0.9, 0.98])
+    clipped = GatePolicy(bound=ProbabilityBound.CLIP).probability(prob)
+    assert clipped.tolist() == pytest.approx([0.02, 0.02, 0.3, 0.9, 0.98])
     mixed = GatePolicy(bound=ProbabilityBound.MIX, low=0.2, high=0.8).probability(prob)
     blockdrop = 0.8 * prob + 0.2 * (1 - prob)  # α = 0.8
     assert torch.allclose(mixed, blockdrop)
-    sharp = GatePolicy(temperature=0.5).probability(prob)
+    sharp = GatePolicy(temperature=0.5, bound=ProbabilityBound.CLIP).probability(prob)
     odds = (0.3 / 0.7) ** 2
     assert float(sharp[2]) == pytest.approx(odds / (1 + odds))
 

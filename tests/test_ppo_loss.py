@@ -27,7 +27,7 @@ from tests.tiny import lively
 
 LAYERS, ROWS, COLUMNS = 3, 4, 5
 SHAPE = (LAYERS, ROWS, COLUMNS)
-POLICY = GatePolicy()
+POLICY = GatePolicy(bound=ProbabilityBound.CLIP)
 BARE = PPOLossSettings(entropy_coef=0.0, kl_coef=0.0)
 
 
@@ -194,7 +194,7 @@ def test_replayed_decisions_of_the_model_have_ratios_of_exactly_one() -> None:
     deciding = deciding_layers(config.layer_count, config.gate_block, config.forced_layers())
     columns_BT = (torch.arange(12) >= 4).expand(2, 12)
     decides_LBT = decision_mask(config.layer_count, deciding, columns_BT)
-    policy = GatePolicy(low=1e-5, high=1 - 1e-5)
+    policy = GatePolicy(low=1e-5, high=1 - 1e-5, bound=ProbabilityBound.CLIP)
     old_LBT = log_probability(policy.probability(made.gate_prob), made.skip)
     assert torch.isfinite(old_LBT[decides_LBT]).all()
     inputs = LossInputs(replayed.gate_prob, made.skip, old_LBT, decides_LBT, draw(2, 12))

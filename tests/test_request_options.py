@@ -98,6 +98,7 @@ def test_names_list_what_is_read() -> None:
     read = {
         "gates": "sample",
         "gate_seed": 1,
+        "gate_policy": [1.0, 0.02, 0.98],
         "request_key": "k",
         "never_skip": "0",
         "decode_start": 1,
@@ -105,6 +106,14 @@ def test_names_list_what_is_read() -> None:
     read |= {"protect_structure": 1, "validate": "json", "reruns": 1}
     assert set(RequestOptions.names()) == {*read, "tau"}
     assert "[0, 1]" in RequestOptions.names()["tau"]
+
+
+def test_a_policy_is_three_numbers_and_for_sampled_gates() -> None:
+    policy = parse({"gate_seed": 1, "gate_policy": [0.5, 0.1, 0.9]}).policy
+    assert policy is not None and (policy.temperature, policy.low, policy.high) == (0.5, 0.1, 0.9)
+    assert "give a list of temperature" in refusal({"gate_seed": 1, "gate_policy": [1, 0.1]})
+    assert "strictly between 0 and 1" in refusal({"gate_seed": 1, "gate_policy": [1, 0.9, 0.1]})
+    assert 'add gates="sample"' in refusal({"tau": 0.5, "gate_policy": [1, 0.1, 0.9]})
 
 
 # --- refused ------------------------------------------------------------------------------------------

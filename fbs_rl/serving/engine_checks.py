@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-import tempfile
+from collections.abc import Iterator
 from typing import Any
 
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from fbs_rl.model.configuration import FBSConfig
-from fbs_rl.serving.admission import admission_check
+from fbs_rl.serving.admission import Admission, admission_check, check_prompts
 from fbs_rl.serving.serving_settings import ServingSettings
-from fbs_rl.serving.step_stats import register_collector
+from fbs_rl.serving.step_stats import engine_file, fallback_counters, register_collector
 
 logger = init_logger(f"vllm.{__name__}")
 
 WORKER = "fbs_rl.serving.worker.FBSWorker"
-EXTENSION = "fbs_rl.serving.runner.FBSWorkerExtension"
+EXTENSION = "fbs_rl.serving.http_calls.FBSHttpExtension"
+_CALLS = "fbs_rl.serving.runner.FBSWorkerExtension"  # what any extension must have
 SCHEDULER = "fbs_rl.serving.scheduler.FBSScheduler"
+_SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+_PLAIN_CACHES = ("auto", "bfloat16", "float16", "float32")
 
 
 class FBSEngineConfig(VerifyAndUpdateConfig):
@@ -31,75 +37,148 @@ class FBSEngineConfig(VerifyAndUpdateConfig):
         adjust(vllm_config)
 
 
+# --- what cannot work ---------------------------------------------------------------------------------
+
+
 def refuse(vllm_config: Any) -> None:
     """Raise ValueError, in one sentence, for the first option that an FBS model cannot be served with."""
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     config: FBSConfig = vllm_config.model_config.hf_config
-    wanted = {
-        "tensor_parallel_size": parallel.tensor_parallel_size,
-        "pipeline_parallel_size": parallel.pipeline_parallel_size,
-        "decode_context_parallel_size": getattr(parallel, "decode_context_parallel_size", 1),
-        "prefill_context_parallel_size": getattr(parallel, "prefill_context_parallel_size", 1),
-    }
-    for name, value in wanted.items():
-        if value != 1:
-            raise ValueError(
-                f"{name} is {value}; an FBS model is served by one device an engine (use "
-                f"data_parallel_size for more)"
-            )
-    unsupported = {
-        "speculative decoding": vllm_config.speculative_config is not None,
-        "a KV connector (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
-        "LoRA": vllm_config.lora_config is not None,
-        "dual-batch overlap (enable_dbo)": getattr(parallel, "enable_dbo", False),
-        "a quantised KV cache": cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
-    }
-    for name, asked in unsupported.items():
-        if asked:
-            raise ValueError(f"{name} does not work with layers that tokens skip; leave it out")
     if config.segment_position:
         raise ValueError(
             "this model adds segment positions (segment_position), which serving does not know; decode it "
             "with transformers"
         )
+    _refuse_several_devices(vllm_config.parallel_config)
+    for name, reason in _unsupported(vllm_config):
+        raise ValueError(f"{name} cannot be used with an FBS model: {reason}; leave it out")
+    _refuse_foreign_classes(vllm_config)
+
+
+def _refuse_several_devices(parallel: Any) -> None:
+    for kind in ("tensor", "pipeline", "decode_context", "prefill_context", "data"):
+        name = f"{kind}_parallel_size"
+        if getattr(parallel, name, 1) != 1:
+            raise ValueError(
+                f"{name} is {getattr(parallel, name)}, but an engine for an FBS model uses one device; start one "
+                f"server for each device"
+            )
+
+
+def _unsupported(vllm_config: Any) -> Iterator[tuple[str, str]]:
+    """Options that were given and cannot work, each with why."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    foreign = "it moves or shares keys and values, and some are missing where a token skipped"
+    moves = vllm_config.kv_transfer_config or getattr(cache, "kv_offloading_size", None)
+    halves = getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0)
+    rules = [
+        ("speculative decoding", vllm_config.speculative_config, "gates decide token by token"),
+        ("a KV connector or KV offloading", moves, foreign),
+        ("LoRA", vllm_config.lora_config, "adapters do not reach the layers' own modules"),
+        ("dual-batch overlap", halves, "a step's plan is for the whole batch"),
+        ("a quantised KV cache", cache.cache_dtype not in _PLAIN_CACHES, "its layers write 16 or 32 bits"),
+        ("quantised weights", model.quantization, "no test covers them"),
+        ("sliding-window attention", cache.sliding_window, "its layers read the whole cache"),
+        ("fast prefill of shared caches", getattr(cache, "kv_sharing_fast_prefill", False), foreign),
+        ("pooling", model.runner_type != "generate", "gates act on generated tokens"),
+        ("prompts as embeddings", getattr(model, "enable_prompt_embeds", False), "no test covers them"),
+        ("asynchronous scheduling", scheduler.async_scheduling, "a step is planned from the tokens before it"),
+        (f"{_SECOND_RUNNER}=1", envs.VLLM_USE_V2_MODEL_RUNNER, "it runs on vLLM's first model runner"),
+    ]  # fmt: skip
+    return ((name, reason) for name, given, reason in rules if given)
+
+
+def _refuse_foreign_classes(vllm_config: Any) -> None:
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    if parallel.worker_cls not in ("auto", WORKER):
+        raise ValueError(
+            f"worker_cls is {parallel.worker_cls}, but an FBS model needs its own; put what yours adds into a "
+            f"worker_extension_cls derived from {_CALLS}"
+        )
+    given = {
+        "worker_extension_cls": (parallel.worker_extension_cls, _CALLS),
+        "scheduler_cls": (scheduler.scheduler_cls, SCHEDULER),
+    }
+    for name, (value, needed) in given.items():
+        if not value:
+            continue
+        found = resolve_obj_by_qualname(value) if isinstance(value, str) else value
+        if not issubclass(found, resolve_obj_by_qualname(needed)):
+            raise ValueError(
+                f"{name} is {value}, but an FBS model needs its own; derive yours from {needed}"
+            )
+
+
+def check_prefix_caching() -> None:
+    """Refuse a prefix cache that somebody asked for, where a Chunk-Head forbids it. May be called again.
+
+    Only EngineArgs tell a wish (True) from a default (None), and they fill in the default soon after they
+    have made the model's configuration.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    plain = EngineArgs.create_model_config
+    if hasattr(plain, "__wrapped__"):
+        return
+
+    @functools.wraps(plain)
+    def create_model_config(self: EngineArgs) -> Any:
+        model = plain(self)
+        if isinstance(model.hf_config, FBSConfig) and model.hf_config.chunk:
+            if self.enable_prefix_caching:
+                raise ValueError(
+                    "enable_prefix_caching cannot be used with a model that has a Chunk-Head: a cached prefix brings "
+                    "keys and values, but not its chunks; leave it out"
+                )
+            self.enable_prefix_caching = False
+        return model
+
+    EngineArgs.create_model_config = create_model_config
+
+
+# --- what must be so ----------------------------------------------------------------------------------
 
 
 def adjust(vllm_config: Any) -> None:
     """Defaults without which skipping would be wrong or slow."""
-    from vllm.config import CompilationMode
+    from vllm.config import CompilationMode, CUDAGraphMode
 
     config: FBSConfig = vllm_config.model_config.hf_config
-    parallel = vllm_config.parallel_config
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    _choose_runner(vllm_config)
     parallel.worker_cls = WORKER
-    if not parallel.worker_extension_cls:
-        parallel.worker_extension_cls = EXTENSION
-    elif parallel.worker_extension_cls != EXTENSION:
-        raise ValueError(
-            f"worker_extension_cls is {parallel.worker_extension_cls}; an FBS engine needs its own "
-            f"({EXTENSION}): derive yours from it"
-        )
+    parallel.worker_extension_cls = parallel.worker_extension_cls or EXTENSION
+    scheduler.scheduler_cls = scheduler.scheduler_cls or SCHEDULER
     # What the model may do in a step is planned on the host, from tokens that are known there.
-    vllm_config.scheduler_config.async_scheduling = False
+    scheduler.async_scheduling = False
     vllm_config.compilation_config.mode = CompilationMode.NONE
+    # The compact path asks the device which rows skip, which no captured graph can do.
+    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     vllm_config.model_config.disable_cascade_attn = True
-    if vllm_config.scheduler_config.scheduler_cls is None:
-        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-    if config.chunk and vllm_config.cache_config.enable_prefix_caching:
-        # vLLM's default, and it does not tell whether anybody asked for it.
-        logger.info(
-            "prefix caching is off: a cached prefix would bring keys and values but not its chunks"
-        )
+    if config.chunk:  # a configuration that no EngineArgs made comes with vLLM's default
         vllm_config.cache_config.enable_prefix_caching = False
     settings = _settle(vllm_config)
-    check = admission_check(vllm_config.instance_id, config, settings)
-    vllm_config.model_config.logits_processors = [
-        *(vllm_config.model_config.logits_processors or []), check,
-    ]  # fmt: skip
-    register_collector(settings.stats_file)
-    logger.info(
-        "FBS: %s decode path, %s gates, requests are %s unless they say otherwise",
-        settings.decode_path, settings.batch, config.gates,
-    )  # fmt: skip
+    _watch_requests(vllm_config, settings)
+    if parallel._api_process_count == 1 or parallel._api_process_rank < 0:  # once, not in each of several servers
+        logger.info(
+            "FBS: %s decode path, %s gates; a request that says nothing gets gates=%s, tau=%g",
+            settings.decode_path, settings.batch, config.gates, config.tau,
+        )  # fmt: skip
+
+
+def _choose_runner(vllm_config: Any) -> None:
+    """vLLM's first model runner, in this process and in those that it starts.
+
+    The environment is the only switch. Limit: engines of other models that this process makes later get the
+    same runner.
+    """
+    os.environ[_SECOND_RUNNER] = "0"
+    envs.disable_envs_cache()  # kept since another engine in this process has started
+    if vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "an engine option (watermarking or HiSparse) asks for vLLM's second model runner, but an FBS model "
+            "runs on the first; leave that option out"
+        )
 
 
 def _settle(vllm_config: Any) -> ServingSettings:
@@ -107,9 +186,21 @@ def _settle(vllm_config: Any) -> ServingSettings:
     extra = dict(vllm_config.additional_config or {})
     settings = ServingSettings.parse(extra.get("fbs", {}))
     if not settings.stats_file:
-        handle, path = tempfile.mkstemp(prefix="fbs_stats_")
-        os.close(handle)
-        settings = dataclasses.replace(settings, stats_file=path)
+        settings = dataclasses.replace(settings, stats_file=str(engine_file(vllm_config)))
     extra["fbs"] = dataclasses.asdict(settings)
     vllm_config.additional_config = extra
     return settings
+
+
+def _watch_requests(vllm_config: Any, settings: ServingSettings) -> None:
+    """Have requests checked where they enter, failed texts made again, and both shown at /metrics."""
+    from fbs_rl.serving.fallback import watch_texts
+
+    model = vllm_config.model_config
+    admission = Admission(model.hf_config, settings, not model.skip_tokenizer_init)
+    check = admission_check(vllm_config.instance_id, admission)
+    model.logits_processors = [*(model.logits_processors or []), check]
+    check_prompts()
+    watch_texts()
+    register_collector(settings.stats_file)
+    fallback_counters()

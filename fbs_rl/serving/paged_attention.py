@@ -41,7 +41,7 @@ class PagedBatch:
     def current(cls, attention: Any, page: int) -> PagedBatch | None:
         """The step that vLLM's forward context describes; None in a profiling run, which has no cache."""
         context = get_forward_context()
-        table = context.attn_metadata
+        table: Any = context.attn_metadata
         if not isinstance(table, dict):
             return None
         base = table[attention.layer_name]

@@ -12,8 +12,9 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     import fbs_rl.model  # noqa: F401  (registers the configuration with transformers)
-    from fbs_rl.serving.engine_checks import FBSEngineConfig
+    from fbs_rl.serving.engine_checks import FBSEngineConfig, check_prefix_caching
 
     if "FBSForCausalLM" not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model("FBSForCausalLM", "fbs_rl.serving.served_model:FBSForCausalLM")
     MODELS_CONFIG_MAP["FBSForCausalLM"] = FBSEngineConfig
+    check_prefix_caching()

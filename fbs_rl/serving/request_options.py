@@ -54,10 +54,10 @@ class RequestOptions:
     """One request's settings, checked.
 
     mode: THRESHOLD, SAMPLE or DENSE. tau: threshold on the probability of skipping, in [0, 1]. seed: int64
-    noise seed, 0 where nothing is drawn. policy: what decisions are drawn with; None: p itself. key: the caller's own name of its trace; None: none is kept.
-    never_skip: layers from 0, besides the model's own. decode_start: first token index at which gates may
-    act; None: the prompt's length, and less scores given tokens. validate: a name in VALIDATORS.
-    reruns: attempts after the first that a failed check may cost.
+    noise seed, 0 where nothing is drawn. policy: what decisions are drawn with; None: p itself. key: the
+    caller's own name of its trace; None: none is kept. never_skip: layers from 0, besides the model's own.
+    decode_start: first token index at which gates may act; None: the prompt's length, and less scores given
+    tokens. validate: a name in VALIDATORS. reruns: attempts after the first that a failed check may cost.
     """
 
     mode: GateMode
@@ -188,10 +188,10 @@ def _seed(value: object, _: FBSConfig) -> int:
 
 
 def _policy(value: object, _: FBSConfig) -> GatePolicy:
-    numbers = isinstance(value, list | tuple) and len(value) == 3
-    if not numbers or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
+    numbers = list(value) if isinstance(value, list | tuple) else []
+    if len(numbers) != 3 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):  # fmt: skip
         raise _wrong("gate_policy", value)
-    temperature, low, high = map(float, value)
+    temperature, low, high = map(float, numbers)
     try:
         return GatePolicy(temperature=temperature, low=low, high=high, bound=ProbabilityBound.MIX)
     except ValueError as error:

@@ -134,7 +134,8 @@ class ServedModel(nn.Module):
         query = layer.paw.query(normed, self.preview)
         shortlist = None if earlier is None else earlier.shortlist
         if shortlist is None:
-            shortlist = self.preview.shortlist(query, self.embed_tokens.weight)
+            embedding: Any = self.embed_tokens.weight
+            shortlist = self.preview.shortlist(query, embedding)
         return layer.paw(normed, query, self.preview, shortlist, self.config.paw_temperature)
 
     def find_chunks(self, normed_Nd: Tensor, plan: StepPlan, length_R: np.ndarray) -> ChunkStep:
@@ -194,8 +195,8 @@ class FBSForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config: FBSConfig = vllm_config.model_config.hf_config
-        self.config = config
+        config: Any = vllm_config.model_config.hf_config
+        self.config: FBSConfig = config
         self.model = ServedModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")

@@ -10,12 +10,14 @@ import contextlib
 import functools
 import mmap
 import os
+import tempfile
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -135,7 +137,7 @@ class StepStatsCollector:
 
     def collect(self) -> Iterable[Metric]:
         values: dict[str, dict[str, float]] = {}
-        for engine, path in enumerate(self.paths):
+        for engine, path in enumerate(tuple(self.paths)):
             with contextlib.suppress(OSError, ValueError):
                 values[str(engine)] = StepStats.attach(path).read()
         return _families(values) if values else []
@@ -160,24 +162,83 @@ def _families(values: dict[str, dict[str, float]]) -> Iterator[Metric]:
 
 
 _collector = StepStatsCollector()
-_lock = threading.Lock()
+_lock = threading.RLock()  # a file goes whenever its configuration is collected
 
 
 def register_collector(path: str | Path) -> None:
-    """Show the file at `path` at this process's /metrics; once per path, whether or not it exists yet.
-
-    Limit: with several API servers vLLM answers /metrics from the files of PROMETHEUS_MULTIPROC_DIR alone,
-    which hold no collector of ours.
-    """
+    """Show the file at `path` at this process's /metrics; once per path, whether or not it exists yet."""
     from prometheus_client import REGISTRY
 
     path = Path(path).absolute()
     with _lock:
-        if path in _collector.paths:
-            return
         if not _collector.paths:
             REGISTRY.register(_collector)
-        _collector.paths.append(path)
+        if path not in _collector.paths:
+            _collector.paths.append(path)
+    if _SEVERAL in os.environ:
+        _show_beside_several_servers()
+
+
+def _show_beside_several_servers() -> None:
+    """With several API servers vLLM makes the registry of /metrics anew, from files that hold no collector of ours.
+
+    Limit: a program that has imported vLLM's HTTP metrics before it makes the engine's configuration has the
+    old function, and shows no step statistics.
+    """
+    from prometheus_client import REGISTRY
+    from vllm.v1.metrics import prometheus
+
+    plain = prometheus.get_prometheus_registry
+    if hasattr(plain, "__wrapped__"):
+        return
+
+    @functools.wraps(plain)
+    def get_prometheus_registry() -> CollectorRegistry:
+        registry = plain()
+        if registry is not REGISTRY:
+            registry.register(_collector)
+        return registry
+
+    prometheus.get_prometheus_registry = get_prometheus_registry
+
+
+# --- the file of an engine ----------------------------------------------------------------------------
+
+_SEVERAL = "PROMETHEUS_MULTIPROC_DIR"
+_SHARED = "FBS_STATS_FILE"
+
+
+def engine_file(vllm_config: Any) -> Path:
+    """A new file for the counters of the engine of this configuration; it goes when the configuration does.
+
+    Several API servers make a configuration each, for one engine: they get the file of the process that
+    started them.
+    """
+    rank = vllm_config.parallel_config._api_process_rank  # -1: of a process that starts API servers
+    if vllm_config.parallel_config._api_process_count > 1 and rank >= 0 and _SHARED in os.environ:
+        return Path(os.environ[_SHARED])
+    handle, name = tempfile.mkstemp(prefix="fbs_stats_")
+    os.close(handle)
+    if rank < 0:
+        os.environ[_SHARED] = name
+    weakref.finalize(vllm_config, _remove, Path(name), os.getpid())
+    return Path(name)
+
+
+def _remove(path: Path, owner: int) -> None:
+    from prometheus_client import REGISTRY
+
+    if os.getpid() != owner:  # a forked child ends
+        return
+    path.unlink(missing_ok=True)
+    with _lock:
+        if path in _collector.paths:
+            _collector.paths.remove(path)
+            if not _collector.paths:
+                REGISTRY.unregister(_collector)
+
+
+# --- validators ---------------------------------------------------------------------------------------
 
 
 class FallbackCounters:

@@ -14,7 +14,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 
 
-class FBSWorker(_Worker):
+class FBSWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
     """The platform's worker, whose runner plans FBS requests."""
 
     def init_device(self) -> None:
