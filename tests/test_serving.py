@@ -79,9 +79,9 @@ def generate(
 
 def differences(
     model: Any, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], traces: Sequence[Any],
-    gates: Sequence[dict[str, Any]], greedy: bool = True,
+    gates: Sequence[dict[str, Any]], greedy: bool = True, tolerance: float = 1e-5,
 ) -> list[str]:  # fmt: skip
-    """What is not as the referee has it, and the largest difference of a probability if above 1e-5."""
+    """What is not as the referee has it, and the largest difference of a probability above the tolerance."""
     wrong = []
     for i, (prompt, output, trace, given) in enumerate(zip(prompts, outputs, traces, gates, strict=True)):  # fmt: skip
         found = referee(model, prompt, output, **given)
@@ -91,7 +91,7 @@ def differences(
             wrong.append(f"actions of request {i}")
         free_TL = found.prob_TL * (torch.from_numpy(trace.prob_TL) > 0)
         worst = float((torch.from_numpy(trace.prob_TL) - free_TL).abs().max())
-        if worst > 1e-5:
+        if worst > tolerance:
             wrong.append(f"probability of request {i} by {worst}")
     return wrong
 
