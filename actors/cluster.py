@@ -7,13 +7,12 @@ import os
 
 import ray
 
-from fbs_rl.training.settings import ClusterSettings
 
-
-def connect(cluster: ClusterSettings) -> None:
+def connect(cpus: float) -> None:
     """Attach to the cluster named by RAY_ADDRESS (a submitted job has it), else start a local one.
 
-    A local cluster is given CPUs for all ranks, so that a laptop can run more of them than it has cores, slowly.
+    A local cluster is given all CPUs that are asked for, so that a laptop can run more actors than it has cores,
+    slowly.
     """
     if ray.is_initialized():
         return
@@ -22,7 +21,7 @@ def connect(cluster: ClusterSettings) -> None:
         return
     ray.init(
         address="local",
-        num_cpus=max(math.ceil(cluster.ranks * cluster.cpus_per_rank), os.cpu_count() or 1),
+        num_cpus=max(math.ceil(cpus), os.cpu_count() or 1),
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=200 * 2**20,

@@ -19,7 +19,7 @@ from fbs_rl.config import to_tree
 from fbs_rl.pretrain_options import Request, read_request
 from fbs_rl.run_folder import RunFolder
 from fbs_rl.tracking import Tracker, start_tracker
-from fbs_rl.training.console import TrainingConsole
+from fbs_rl.training.console import StepConsole
 from fbs_rl.training.plan_report import plan_table
 from fbs_rl.training.settings import PretrainSettings
 from fbs_rl.training.step_checkpoint import CheckpointStore
@@ -43,7 +43,7 @@ class Training:
     settings: PretrainSettings
     run: RunFolder
     tracker: Tracker
-    console: TrainingConsole
+    console: StepConsole
     data_digest: str
     restarts: int = 0
     failures: int = 0
@@ -106,7 +106,8 @@ def _run(request: Request, plan: str) -> int:
     training.console.say(plan)
     began, done, reason = time.monotonic(), 0, ""
     try:
-        connect(training.settings.cluster)
+        cluster = training.settings.cluster
+        connect(cluster.ranks * cluster.cpus_per_rank)
         with _interruptible(
             training
         ):  # after connect(): Ray installs a SIGTERM handler that exits at once
@@ -192,7 +193,7 @@ def take_step(training: Training, session: PretrainSession, step: int) -> bool:
         record["run/restart_s"] = time.monotonic() - training.lost_at
         training.lost_at = None
     training.log(step + 1, record)
-    training.console.step(step, record)
+    training.console.step(step, _step_line(record), record["train/phase"])
     if sound:
         training.sound_step = step
         return True
@@ -232,7 +233,7 @@ def _open(request: Request) -> Training:
         tree,
         None if request.state is None else request.state["wandb_id"],
     )
-    console = TrainingConsole(settings.phases.steps, settings.tracking.log_every_steps)
+    console = StepConsole(settings.phases.steps, settings.tracking.log_every_steps)
     return Training(settings, run, tracker, console, request.rows.digest)
 
 
@@ -270,6 +271,18 @@ def _deployed_tau(training: Training) -> float | None:
     fitting = [ratio for ratio in ratios if ratio <= phases.skip_target + 1e-9]
     taus = [training.figures.get(f"eval/skip_{round(100 * ratio)}/tau") for ratio in fitting]
     return next((tau for tau in reversed(taus) if tau is not None), None)
+
+
+def _step_line(record: dict[str, Any]) -> str:
+    parts = [f"loss {record['train/loss']:.4f}"]
+    if "gate/skip_ratio" in record and record["train/phase"] == "1b":
+        parts.append(f"skip {record['gate/skip_ratio']:5.1%} (aim {record['gate/target']:.0%})")
+    parts.append(f"{record['perf/tokens_per_s']:,.0f} tokens/s")
+    if "perf/mfu" in record:
+        parts.append(f"MFU {record['perf/mfu']:.1%}")
+    memory = record.get("perf/gpu_gb", record["perf/rss_gb"])
+    parts.append(f"{memory:.1f} GB")
+    return "  ".join(parts)
 
 
 def _heldout_line(step: int, figures: dict[str, float]) -> str:

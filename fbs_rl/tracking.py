@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-NAMESPACES = ("train", "loss", "gate", "preview", "eval", "perf", "run")
+import numpy as np
+
+NAMESPACES = (
+    "train", "loss", "gate", "preview", "eval", "perf", "run", "reward", "ppo", "value", "mismatch", "rollout", "sync",
+)  # fmt: skip
 
 
 class Tracker(Protocol):
@@ -18,6 +22,7 @@ class Tracker(Protocol):
 
     def log(self, record: dict[str, Any]) -> None: ...
     def table(self, name: str, step: int, rows: list[dict[str, Any]]) -> None: ...
+    def pictures(self, step: int, files: Sequence[Path]) -> None: ...
     def finish(self, failed: bool) -> None: ...
 
 
@@ -30,6 +35,9 @@ class NoTracker:
         pass
 
     def table(self, name: str, step: int, rows: list[dict[str, Any]]) -> None:
+        pass
+
+    def pictures(self, step: int, files: Sequence[Path]) -> None:
         pass
 
     def finish(self, failed: bool) -> None:
@@ -47,15 +55,22 @@ class WandbTracker:
             run.define_metric(f"{namespace}/*", step_metric="train/step")
 
     def log(self, record: dict[str, Any]) -> None:
-        self._quietly(lambda: self.run.log(record))
+        self._quietly(lambda: self.run.log({k: _shown(k, v) for k, v in record.items()}))
 
     def table(self, name: str, step: int, rows: list[dict[str, Any]]) -> None:
         import wandb
 
         if rows:
             columns: list[Any] = list(rows[0])
-            table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
+            cells = [[_cell(row[c]) for c in columns] for row in rows]
+            table = wandb.Table(columns=columns, data=cells)
             self._quietly(lambda: self.run.log({"train/step": step, name: table}))
+
+    def pictures(self, step: int, files: Sequence[Path]) -> None:
+        import wandb
+
+        shown = {f"run/{file.stem}": wandb.Image(str(file)) for file in files}
+        self._quietly(lambda: self.run.log({"train/step": step, **shown}))
 
     def finish(self, failed: bool) -> None:
         self._quietly(lambda: self.run.finish(exit_code=int(failed)))
@@ -66,6 +81,22 @@ class WandbTracker:
             act()
         except Exception as error:
             print(f"W&B: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _shown(name: str, value: Any) -> Any:
+    """Counts of equal bins of [0, 1], under a name that says so, as a histogram; the rest as it is."""
+    if not name.endswith("_histogram"):
+        return value
+    import wandb
+
+    edges = np.linspace(0, 1, len(value) + 1)
+    return wandb.Histogram(np_histogram=(np.array(value), edges))
+
+
+def _cell(value: Any) -> Any:
+    import wandb
+
+    return wandb.Html(value) if isinstance(value, str) and value.startswith("<div") else value
 
 
 def start_tracker(

@@ -46,9 +46,9 @@ class LocalCluster:
         ]
         return _spawn([str(Path(sys.executable).with_name("ray")), *arguments, *command], {})
 
-    def command(self, *arguments: str) -> subprocess.Popen[str]:
+    def command(self, *arguments: str, module: str = "fbs_rl.pretrain") -> subprocess.Popen[str]:
         """`python -m fbs_rl.pretrain` as a process of its own, with the cluster's address."""
-        return _spawn([sys.executable, "-m", "fbs_rl.pretrain", *arguments], self.environment)
+        return _spawn([sys.executable, "-m", module, *arguments], self.environment)
 
 
 @contextlib.contextmanager

@@ -18,10 +18,12 @@ from fbs_rl.model import FBSConfig, FBSForCausalLM
 from tests.tiny import LAYERS, SMALL, VOCAB, enliven
 
 
-def make_folder(folder: Path, family: str = "llama", **options: Any) -> FBSForCausalLM:
+def make_folder(
+    folder: Path, family: str = "llama", vocab: int = VOCAB, **options: Any
+) -> FBSForCausalLM:
     """A saved model whose modules all act and whose gates skip about half; the model itself comes back."""
     fields = {
-        "vocab_size": VOCAB,
+        "vocab_size": vocab,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": LAYERS,

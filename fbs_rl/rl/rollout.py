@@ -16,6 +16,12 @@ import numpy as np
 from fbs_rl.gate_trace import GateTrace
 from fbs_rl.rl.gate_policy import GatePolicy
 from fbs_rl.rl.reward import Sampler, SegmentKind
+from fbs_rl.seeds import stable_hash
+
+
+def gate_seed(seed: int, kind: SegmentKind) -> int:
+    """Of a sample's gates in one of its segments, which share positions and must not share draws."""
+    return stable_hash("gates", str(kind), seed)
 
 
 @dataclass(frozen=True, slots=True)

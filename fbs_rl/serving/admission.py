@@ -104,11 +104,10 @@ def __getattr__(name: str) -> type[AdmissionCheck]:
     return type(name, (AdmissionCheck,), {"admission": _engines.get(name)})
 
 
+@functools.cache  # once in a process
 def check_prompts() -> None:
-    """Have options that depend on the prompt checked in this process: vLLM has no place for it. May be called again."""
+    """Have options that depend on the prompt checked in this process: vLLM has no place for it."""
     plain = InputProcessor.process_inputs
-    if hasattr(plain, "__wrapped__"):
-        return
 
     @functools.wraps(plain)
     def process_inputs(self: Any, *args: Any, **named: Any) -> Any:

@@ -20,7 +20,6 @@ from fbs_rl.serving.chunk_rows import ChunkStep, ReaderPass
 from fbs_rl.serving.paged_attention import PagedBatch, attend, write_entries
 from fbs_rl.serving.served_layer import ServedLayer
 from fbs_rl.serving.step_plan import StepPlan, StepReport
-from fbs_rl.types import KVPolicy
 
 if TYPE_CHECKING:
     from fbs_rl.serving.served_model import ServedModel
@@ -50,7 +49,7 @@ class CompactWalk:
         for layer in self.model.served_layers():
             normed_Nd = self.model.unit_norm(state_Nd)
             self.glance = self.model.look(layer, normed_Nd, self.glance)
-            if layer.index == self.model.config.boundary_layer:
+            if layer.finds_chunks:
                 self.chunks = self.model.find_chunks(normed_Nd, self.plan, self.batch.length_R)
             skip_N = self._decide(layer, normed_Nd)
             state_Nd = self._pass(layer, state_Nd, normed_Nd, skip_N)
@@ -58,15 +57,14 @@ class CompactWalk:
 
     def _decide(self, layer: ServedLayer, normed_Nd: Tensor) -> np.ndarray | None:
         """Who skips the layer; None if nobody can."""
-        plan, config = self.plan, self.model.config
+        plan = self.plan
         if plan.bar_LN is None:
             return None
-        if plan.asks and layer.index % config.gate_block == 0:
+        if plan.asks and layer.opens_block:
             self.prob_N = self.model.gate_probability(layer, normed_Nd, self._motion(), self.glance)
-        protected = layer.index in config.protected_layers
-        nothing = torch.zeros(len(normed_Nd)) if self.prob_N is None or protected else self.prob_N
-        self.prob.append(nothing)
-        if protected:
+        asked = self.prob_N is not None and not layer.never_skips
+        self.prob.append(self.prob_N if asked else torch.zeros(len(normed_Nd)))
+        if layer.never_skips:
             return None
         bar_N = plan.bar_LN[layer.index]
         return reaches(self.prob_N, bar_N, plan.consensus).cpu().numpy()
@@ -109,7 +107,7 @@ class CompactWalk:
         return executed_Nd
 
     def _pass_none(self, layer: ServedLayer, state_Nd: Tensor, normed_Nd: Tensor) -> Tensor:
-        if self._projects:
+        if layer.projects:
             input_Nd = layer.input_norm(state_Nd, state_Nd, normed_Nd)
             key, value = layer.self_attn.keys_values(input_Nd, self.position_N)
             write_entries(layer.self_attn.attn, key, value, self.batch.slot_N)
@@ -127,7 +125,7 @@ class CompactWalk:
         attention = layer.self_attn
         query, key, value = attention.queries_keys_values(input_Nd, self.position_N[run])
         idle_Nd, idle_normed_Nd = state_Nd[idle], normed_Nd[idle]
-        if self._projects:
+        if layer.projects:
             write_entries(attention.attn, key, value, self.batch.slot_N[run])
             idle_input = layer.input_norm(idle_Nd, idle_Nd, idle_normed_Nd)
             key, value = attention.keys_values(idle_input, self.position_N[idle])
@@ -147,10 +145,6 @@ class CompactWalk:
 
     # --- the paged cache --------------------------------------------------------------------------
 
-    @property
-    def _projects(self) -> bool:
-        return self.model.config.kv_on_skip == KVPolicy.PROJECT
-
     def _attend_dense(
         self, layer: ServedLayer, query: Tensor, run_np: np.ndarray, run: Tensor, tokens: int
     ) -> Tensor:
@@ -164,7 +158,7 @@ class CompactWalk:
     def _everyone(self, layer: ServedLayer) -> tuple[Tensor, Any]:
         """Slots and metadata when all tokens run."""
         batch = self.batch
-        if self._projects or (self.entry_LR[layer.index] == batch.before_R).all():
+        if layer.projects or (self.entry_LR[layer.index] == batch.before_R).all():
             self.entry_LR[layer.index] += batch.length_R
             return batch.slot_N, batch.base
         return self._compacted(layer, np.arange(len(batch.row_N)))

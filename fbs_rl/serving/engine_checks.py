@@ -109,8 +109,9 @@ def _refuse_foreign_classes(vllm_config: Any) -> None:
             )
 
 
+@functools.cache  # once in a process
 def check_prefix_caching() -> None:
-    """Refuse a prefix cache that somebody asked for, where a Chunk-Head forbids it. May be called again.
+    """Refuse a prefix cache that somebody asked for, where a Chunk-Head forbids it.
 
     Only EngineArgs tell a wish (True) from a default (None), and they fill in the default soon after they
     have made the model's configuration.
@@ -118,8 +119,6 @@ def check_prefix_caching() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     plain = EngineArgs.create_model_config
-    if hasattr(plain, "__wrapped__"):
-        return
 
     @functools.wraps(plain)
     def create_model_config(self: EngineArgs) -> Any:
@@ -159,7 +158,8 @@ def adjust(vllm_config: Any) -> None:
         vllm_config.cache_config.enable_prefix_caching = False
     settings = _settle(vllm_config)
     _watch_requests(vllm_config, settings)
-    if parallel._api_process_count == 1 or parallel._api_process_rank < 0:  # once, not in each of several servers
+    several = parallel._api_process_count > 1 and parallel._api_process_rank >= 0
+    if not several:  # what started them has said so
         logger.info(
             "FBS: %s decode path, %s gates; a request that says nothing gets gates=%s, tau=%g",
             settings.decode_path, settings.batch, config.gates, config.tau,

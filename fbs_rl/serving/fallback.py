@@ -130,8 +130,9 @@ def generate(
 # --- AsyncLLM, which answers HTTP ---------------------------------------------------------------------
 
 
+@functools.cache  # once in a process
 def watch_texts() -> None:
-    """Have this process's AsyncLLMs check texts, those of FBS models. May be called again.
+    """Have this process's AsyncLLMs check texts, those of FBS models.
 
     Options are read at the call, so that a mistake is an HTTP error even for a stream, which has begun with
     200 by the time that it is read from.
@@ -139,8 +140,6 @@ def watch_texts() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     plain: Any = AsyncLLM.generate
-    if hasattr(plain, "__wrapped__"):
-        return
 
     @functools.wraps(plain)
     def generate(

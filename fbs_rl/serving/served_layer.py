@@ -1,7 +1,8 @@
 """One layer as vLLM runs it: vLLM's products and paged attention, the FBS modules of the model itself.
 
-The pieces are those of fbs_rl.model.layer, on tokens without a batch axis (N tokens of any requests). Queries
-and keys/values are separate products: a token that skips under `project` needs the second without the first.
+The pieces are those of fbs_rl.model.layer, on tokens without a batch axis (N tokens of any requests). Queries,
+keys and values are one product; a token that skips under `project` needs keys and values alone, which is
+another, with the same weights.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
     MergedColumnParallelLinear,
+    QKVParallelLinear,
     RowParallelLinear,
 )
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -25,7 +26,7 @@ from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.preview import Paw
 from fbs_rl.model.skip_gate import SkipGate
 from fbs_rl.model.skip_path import SkipAdapter, SkipIdentity
-from fbs_rl.types import SkipPathKind
+from fbs_rl.types import KVPolicy, SkipPathKind
 
 
 class Norm(nn.Module):
@@ -35,6 +36,12 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width), requires_grad=False)
         self.eps = eps
+
+    @classmethod
+    def like(cls, norm: nn.RMSNorm) -> Any:
+        """In the place of a norm of the FBS modules: on a CPU torch's own is ten operations."""
+        assert norm.eps is not None
+        return cls(norm.normalized_shape[0], norm.eps)
 
     def forward(self, state: Tensor) -> Tensor:
         return rms_norm(state, self.weight, self.eps)
@@ -47,6 +54,14 @@ def rms_norm(state: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def silu_and_multiply(gate_up_NX: Tensor) -> Tensor:
+    """SiLU of the first half of the columns, times the second half; one operation too."""
+    width = gate_up_NX.shape[-1] // 2
+    out = gate_up_NX.new_empty(*gate_up_NX.shape[:-1], width)
+    torch.ops._C.silu_and_mul(out, gate_up_NX)
+    return out
+
+
 class ServedAttention(nn.Module):
     """Projections, rotary positions and the paged cache of one layer."""
 
@@ -56,13 +71,19 @@ class ServedAttention(nn.Module):
         self.groups = config.num_key_value_heads or self.heads
         self.head_dim = config.head_dim or config.hidden_size // self.heads
         bias, quant = config.attention_bias, vllm_config.quant_config
-        width = self.groups * self.head_dim
-        self.q_proj = ColumnParallelLinear(
-            config.hidden_size, self.heads * self.head_dim, bias=bias, quant_config=quant, prefix=f"{prefix}.q_proj"
+        self.widths = (self.heads * self.head_dim, *[self.groups * self.head_dim] * 2)
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size, self.head_dim, self.heads, self.groups, bias=bias, quant_config=quant,
+            prefix=f"{prefix}.qkv_proj",
         )  # fmt: skip
-        self.kv_proj = MergedColumnParallelLinear(
-            config.hidden_size, [width, width], bias=bias, quant_config=quant, prefix=f"{prefix}.kv_proj"
-        )  # fmt: skip
+        if config.kv_on_skip == KVPolicy.PROJECT:
+            self.kv_proj = MergedColumnParallelLinear(
+                config.hidden_size, list(self.widths[1:]), bias=bias, quant_config=quant,
+                prefix=f"{prefix}.kv_proj",
+            )  # fmt: skip
+            # One memory, filled by loading qkv_proj; vLLM packs either for its own use on a CPU.
+            for name, whole in self.qkv_proj.named_parameters():
+                self.kv_proj.get_parameter(name).data = whole.data[self.widths[0] :]
         self.o_proj = RowParallelLinear(
             self.heads * self.head_dim, config.hidden_size, bias=bias, quant_config=quant, prefix=f"{prefix}.o_proj"
         )  # fmt: skip
@@ -73,7 +94,8 @@ class ServedAttention(nn.Module):
             self.heads, self.head_dim, self.head_dim**-0.5, num_kv_heads=self.groups,
             cache_config=vllm_config.cache_config, quant_config=quant, prefix=f"{prefix}.attn",
         )  # fmt: skip
-        if config.backbone_type == "qwen3":  # norms queries and keys per head
+        self.norms_heads = config.backbone_type == "qwen3"
+        if self.norms_heads:
             self.q_norm = Norm(self.head_dim, config.rms_norm_eps)
             self.k_norm = Norm(self.head_dim, config.rms_norm_eps)
 
@@ -81,28 +103,23 @@ class ServedAttention(nn.Module):
         self, input_Nd: Tensor, position_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [N, H·D] and keys, values [N, G·D] of the same tokens."""
-        query, (key, value) = self._queries(input_Nd), self._keys_values(input_Nd)
+        query, key, value = self.qkv_proj(input_Nd)[0].split(self.widths, dim=-1)
+        if self.norms_heads:
+            query, key = self._per_head(query, self.q_norm), self._per_head(key, self.k_norm)
         query, rotated = self.rotary_emb(position_N, query, key)
         assert rotated is not None
         return query, rotated, value
 
     def keys_values(self, input_Nd: Tensor, position_N: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated keys and values alone."""
-        key, value = self._keys_values(input_Nd)
+        key, value = self.kv_proj(input_Nd)[0].chunk(2, dim=-1)
+        # As a query: not every kernel takes keys without, or queries that lie between other numbers.
+        key = self._per_head(key, self.k_norm) if self.norms_heads else key.contiguous()
         key, _ = self.rotary_emb(position_N, key, None)
         return key, value
 
-    def _queries(self, input_Nd: Tensor) -> Tensor:
-        query = self.q_proj(input_Nd)[0]
-        return self._per_head(query, self.q_norm) if hasattr(self, "q_norm") else query
-
-    def _keys_values(self, input_Nd: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = self.kv_proj(input_Nd)[0].chunk(2, dim=-1)
-        key = key.contiguous()
-        return (self._per_head(key, self.k_norm) if hasattr(self, "k_norm") else key), value
-
     def _per_head(self, flat: Tensor, norm: Norm) -> Tensor:
-        return norm(flat.view(-1, self.head_dim)).view_as(flat)
+        return norm(flat.reshape(-1, self.head_dim)).view(flat.shape)
 
 
 class ServedLayer(nn.Module):
@@ -123,6 +140,15 @@ class ServedLayer(nn.Module):
         self.skip_gate = SkipGate(config) if index in config.gate_leaders else None
         adapts = index not in config.protected_layers and config.skip_path == SkipPathKind.ADAPTER
         self.skip_path: Any = SkipAdapter(config) if adapts else SkipIdentity()
+        # What a step asks of every layer; a configuration's attributes are slow to read.
+        self.never_skips = index in config.protected_layers
+        self.opens_block = index % config.gate_block == 0
+        self.finds_chunks = index == config.boundary_layer
+        self.projects = config.kv_on_skip == KVPolicy.PROJECT
+        if self.paw is not None:
+            self.paw.up_norm = Norm.like(self.paw.up_norm)
+        if self.skip_gate is not None and self.skip_gate.reads_residual:
+            self.skip_gate.reduce_norm = Norm.like(self.skip_gate.reduce_norm)
 
     def input_norm(self, injected_Nd: Tensor, state_Nd: Tensor, normed_Nd: Tensor) -> Tensor:
         """The backbone's input norm of h̃; where nothing was injected, x̂ = normed_Nd is half of it already."""
@@ -133,4 +159,5 @@ class ServedLayer(nn.Module):
     def finish(self, state_Nd: Tensor, attended_NX: Tensor) -> Tensor:
         """The layer's output from its (injected) input and what attention read."""
         state_Nd = state_Nd + self.self_attn.o_proj(attended_NX)[0]
-        return state_Nd + self.mlp(self.post_attention_layernorm(state_Nd))
+        gate_up_NX = self.mlp.gate_up_proj(self.post_attention_layernorm(state_Nd))[0]
+        return state_Nd + self.mlp.down_proj(silu_and_multiply(gate_up_NX))[0]

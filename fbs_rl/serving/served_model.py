@@ -33,9 +33,10 @@ from fbs_rl.serving.served_layer import Norm, ServedLayer, rms_norm
 from fbs_rl.serving.serving_settings import ServingSettings
 from fbs_rl.serving.step_plan import StepPlan, StepReport
 
-_STACKED = {
-    "k_proj": ("kv_proj", 0),
-    "v_proj": ("kv_proj", 1),
+_STACKED: dict[str, tuple[str, str | int]] = {
+    "q_proj": ("qkv_proj", "q"),
+    "k_proj": ("qkv_proj", "k"),
+    "v_proj": ("qkv_proj", "v"),
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
@@ -243,7 +244,7 @@ class FBSForCausalLM(nn.Module):
         missing = sorted(
             name
             for name in targets.keys() - filled
-            if not (tied and name.startswith("lm_head.")) and ".attn." not in name
+            if not (tied and name.startswith("lm_head.")) and ".attn." not in name and ".kv_proj." not in name
         )
         if missing:
             raise ValueError(f"the checkpoint lacks {len(missing)} tensors, {missing[0]} first")

@@ -179,6 +179,7 @@ def register_collector(path: str | Path) -> None:
         _show_beside_several_servers()
 
 
+@functools.cache  # once in a process
 def _show_beside_several_servers() -> None:
     """With several API servers vLLM makes the registry of /metrics anew, from files that hold no collector of ours.
 
@@ -189,8 +190,6 @@ def _show_beside_several_servers() -> None:
     from vllm.v1.metrics import prometheus
 
     plain = prometheus.get_prometheus_registry
-    if hasattr(plain, "__wrapped__"):
-        return
 
     @functools.wraps(plain)
     def get_prometheus_registry() -> CollectorRegistry:

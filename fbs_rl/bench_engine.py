@@ -1,0 +1,179 @@
+"""One vLLM engine in a process of its own, for `python -m fbs_rl.bench vllm`: generates when it is told to.
+
+vLLM changes the process that it runs in, and two engines in one would compete for its threads.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from fbs_rl.gate_bundle import GateBundle
+from fbs_rl.model.configuration import FBSConfig
+from fbs_rl.model.flops import step_bytes
+
+_CERTAIN = 50.0  # a logit that the gate's clip makes its own
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What to serve. rows, context_tokens: the most that a round asks for. options: of vllm.LLM, besides."""
+
+    folder: str
+    dtype: str
+    rows: int
+    prompt_tokens: int
+    new_tokens: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSpec:
+    """One generation. share: of layers to skip; None: an engine without gates.
+
+    apart: each row samples its own skips; else all rows skip the same layers at every token.
+    """
+
+    rows: int
+    share: float | None
+    apart: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One generation as measured: medians over its decoding steps, and what its traces say.
+
+    flops_ratio: executed over those of the plain backbone. weights: read by a step, mean; 0 without traces.
+    """
+
+    cpu_s: float
+    wall_s: float
+    skip_ratio: float = 0.0
+    flops_ratio: float = 1.0
+    weights: float = 0.0
+
+
+def serve_rounds(connection: Connection, spec: EngineSpec) -> None:
+    """The process: starts the engine, then answers each RoundSpec with a Round, or any failure with its text."""
+    os.dup2(2, 1)  # what vLLM prints must not be taken for the bench's own output
+    try:
+        engine = _Engine(spec)
+        connection.send(None)
+        while True:
+            connection.send(engine.run(connection.recv()))
+    except EOFError:
+        return
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+        raise
+
+
+class _Engine:
+    def __init__(self, spec: EngineSpec) -> None:
+        from vllm import LLM
+
+        self.spec, self.served, self.version = spec, 0, 0
+        settings: dict[str, Any] = {
+            "max_model_len": spec.prompt_tokens + spec.new_tokens + 1,
+            "max_num_seqs": spec.rows,
+            # A round's prompts make one step.
+            "max_num_batched_tokens": max(2048, spec.rows * (spec.prompt_tokens + spec.new_tokens + 1)),
+            "enable_prefix_caching": False,
+            **spec.options,
+        }  # fmt: skip
+        dtype: Any = spec.dtype
+        self.llm = LLM(spec.folder, skip_tokenizer_init=True, dtype=dtype, **settings)
+        self.config: Any = self.llm.llm_engine.vllm_config.model_config.hf_config
+
+    def run(self, asked: RoundSpec) -> Round:
+        if asked.share is not None:
+            self._hold_gates(asked.share, asked.apart)
+        first = self.served
+        for row in range(asked.rows):
+            self._add(row, asked)
+        times = self._steps()
+        # The first step is the prompts'; a last one may only tell that all is over.
+        steps = times[1 : self.spec.new_tokens]
+        wall_s, cpu_s = (statistics.median(part) for part in zip(*steps, strict=True))
+        if asked.share is None:
+            return Round(cpu_s, wall_s)
+        return self._with_traces(cpu_s, wall_s, [str(i) for i in range(first, self.served)])
+
+    def _add(self, row: int, asked: RoundSpec) -> None:
+        from vllm import SamplingParams
+
+        gates: dict[str, Any] = {}
+        if asked.share is not None:
+            sampled = asked.apart and asked.share > 0
+            tau = 0.5 if asked.share else 1.0
+            gates = {"gate_seed": row} if sampled else {"gates": "threshold", "tau": tau}
+            gates["request_key"] = str(self.served)
+        draw = torch.Generator().manual_seed(row)
+        ids = torch.randint(self.config.vocab_size, (self.spec.prompt_tokens,), generator=draw)
+        params = SamplingParams(
+            max_tokens=self.spec.new_tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args=gates
+        )  # fmt: skip
+        engine: Any = self.llm.llm_engine
+        engine.add_request(f"r{self.served}", {"prompt_token_ids": ids.tolist()}, params)
+        self.served += 1
+
+    def _steps(self) -> list[tuple[float, float]]:
+        """(wall, CPU) seconds of every step until all requests are done."""
+        times = []
+        while self.llm.llm_engine.has_unfinished_requests():
+            wall, cpu = time.perf_counter(), time.process_time()
+            self.llm.llm_engine.step()
+            times.append((time.perf_counter() - wall, time.process_time() - cpu))
+        return times
+
+    def _hold_gates(self, share: float, apart: bool) -> None:
+        from fbs_rl.serving.client import update_gates
+
+        logit_L = held_logits(self.config, share, apart)
+        tensors = {}
+        for layer in self.config.gate_leaders:
+            name = f"model.layers.{layer}.skip_gate.out"
+            tensors[f"{name}.weight"] = torch.zeros(1, self.config.gate_hidden)
+            tensors[f"{name}.bias"] = torch.tensor([logit_L[layer]])
+        self.version += 1
+        update_gates(self.llm, GateBundle.of(self.version, tensors))
+
+    def _with_traces(self, cpu_s: float, wall_s: float, keys: Sequence[str]) -> Round:
+        from fbs_rl.serving.client import take_traces
+
+        traces = take_traces(self.llm, keys)
+        costs = [trace.cost(self.config) for trace in traces]
+        flops = sum(int(cost.flops_BT.sum()) for cost in costs)
+        plain = sum(int(cost.backbone_flops_BT.sum()) for cost in costs)
+        skip_TLB = torch.stack([torch.from_numpy(trace.skip_TL) for trace in traces], -1)
+        closes_TB = torch.stack([torch.from_numpy(trace.closes_T) for trace in traces], -1)
+        weights = [
+            step_bytes(self.config, skip_LB, skip_LB.long(), True, 1, 0, closes_B=closes_B.long()).weights
+            for skip_LB, closes_B in zip(skip_TLB, closes_TB, strict=True)
+        ]  # fmt: skip
+        skipped = float(skip_TLB.double().mean())
+        return Round(cpu_s, wall_s, skipped, flops / plain, statistics.fmean(weights))
+
+
+def held_logits(config: FBSConfig, share: float, apart: bool) -> list[float]:
+    """Each layer's gate logit such that `share` of all layers is skipped.
+
+    apart: one probability for all, to be sampled. Else layers spread evenly over those that may skip have a
+    certain gate, the others a certain one that they run. Share 0: undecided gates, to be asked with τ = 1.
+    """
+    free = [i for i in range(config.layer_count) if i not in config.protected_layers]
+    count = round(share * config.layer_count)
+    if share == 0:
+        return [0.0] * config.layer_count
+    if apart:
+        prob = torch.tensor(min(share * config.layer_count / len(free), 0.99))
+        return [float(torch.logit(prob))] * config.layer_count
+    chosen = {free[int((i + 0.5) * len(free) / count)] for i in range(count)}
+    return [_CERTAIN if i in chosen else -_CERTAIN for i in range(config.layer_count)]

@@ -1,0 +1,208 @@
+"""Stage 2 from the command line: a tiny model, two real engines, a real learner, and what survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from fbs_rl.checkpoint import load_model
+from fbs_rl.ppo import main
+from fbs_rl.ppo_options import read_request
+from tests.ray_cluster import LocalCluster
+from tests.served_tiny import make_folder
+from tests.small_tokenizer import saveable_tokenizer
+
+STEPS = 6
+_RUN_S = 400
+_TIMED = ("perf/", "sync/sync_s", "rollout/", "run/")
+"""What may differ between two runs of the same numbers."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, forty short questions, and the settings of a run of a minute."""
+    folder = tmp_path_factory.mktemp("ppo")
+    make_folder(folder / "model", "qwen3", vocab=300)
+    saveable_tokenizer(size=300).save_pretrained(folder / "model")
+    rows = [
+        {"id": f"q{i}", "prompt": f"The fox reads {i} words. It skips", "answer": f" {i % 7} words"}
+        for i in range(40)
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model": str(folder / "model"),
+        "questions": {"sources": [str(folder / "questions.jsonl")], "heldout_frac": 0.2},
+        "episodes": {"prompts": 4, "samples": 3, "chunk_prompts": 2, "max_new_tokens": 6},
+        "learner": {
+            "updates": STEPS, "lr_gates": 0.01, "epochs": 2, "minibatches": 2, "target_kl": None,
+            "runtime": {"precision": "fp32"},
+        },
+        "fleet": {"engines": 2, "device": "cpu", "max_model_len": 288, "kv_cache_gib": 0.1},
+        "evaluation": {"every_steps": 3, "questions": 4, "example_episodes": 1},
+        "checkpoint": {"every_steps": 2},
+        "tracking": {"wandb": "offline"},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def metrics_of(run: Path) -> dict[int, dict[str, Any]]:
+    """The last record of each step, without what time it took."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    updates = {row["train/step"]: row for row in rows if "reward/total" in row}
+    return {
+        step: {k: v for k, v in row.items() if not k.startswith(_TIMED)}
+        for step, row in updates.items()
+    }
+
+
+def heldout_of(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "eval/reward" in row]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root: Path, ray_cluster: LocalCluster) -> Path:
+    """A whole run, submitted as a job."""
+    run = root / "undisturbed"
+    command = [
+        sys.executable,
+        "-m",
+        "fbs_rl.ppo",
+        "--config",
+        str(root / "run.yaml"),
+        "--out",
+        str(run),
+    ]
+    job = ray_cluster.submit(*command, "--beta", "0.2", "--lam", "0.1")
+    out, _ = job.communicate(timeout=_RUN_S)
+    assert job.returncode == 0, out[-3000:]
+    return run
+
+
+def test_a_submitted_run_leaves_everything_behind(undisturbed: Path, root: Path) -> None:
+    steps = metrics_of(undisturbed)
+    assert sorted(steps) == list(range(1, STEPS + 1))
+    for record in steps.values():
+        parts = record["reward/compute_term"] + record["reward/quality_term"]
+        assert record["reward/total"] == pytest.approx(parts, abs=1e-9)
+        assert 0 < record["gate/skip_rate"] < 1 and record["mismatch/logp_max"] < 1e-3
+        assert record["mismatch/flip_rate"] == 0 and record["train/bad_steps"] == 0
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["steps_done"] == STEPS and summary["stopped_because"] is None
+    assert yaml.safe_load((undisturbed / "config.yaml").read_text())["learner"]["reward"]["beta"] == 0.2  # fmt: skip
+    for name in ("reward.png", "skip_by_layer.png", "gate_probability.png"):
+        assert (undisturbed / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+    assert (undisturbed / "questions" / "manifest.json").is_file()
+    assert list((undisturbed / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_only_gates_have_moved_and_tau_is_the_calibrated_one(undisturbed: Path, root: Path) -> None:
+    before = dict(load_model(str(root / "model")).model.named_parameters())
+    made = load_model(str(undisturbed / "final")).model
+    moved = {n for n, p in made.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all(".skip_gate." in name for name in moved)
+    last = heldout_of(undisturbed)[-1]
+    assert made.config.gates == "threshold" and made.config.tau == pytest.approx(last["eval/tau"])
+    assert made.config.gates_origin == "trained"
+
+
+def test_killed_engine_and_killed_driver_change_no_number(
+    undisturbed: Path, root: Path, ray_cluster: LocalCluster
+) -> None:
+    """SIGKILL of an engine while it works, then of the driver; --resume gives the run left alone, to the last bit."""
+    run = root / "disturbed"
+    given = ["--config", str(root / "run.yaml"), "--out", str(run), "--beta", "0.2", "--lam", "0.1"]
+    driver = ray_cluster.command(*given, module="fbs_rl.ppo")
+    _until(lambda: _steps(run) >= 1, driver)
+    os.kill(_engine_pids()[0], signal.SIGKILL)
+    _until(lambda: _steps(run) >= 3 and (run / "checkpoints" / "step_2").is_dir(), driver)
+    driver.kill()
+    driver.communicate()
+    resumed = ray_cluster.command("--resume", str(run), module="fbs_rl.ppo")
+    out, _ = resumed.communicate(timeout=_RUN_S)
+    assert resumed.returncode == 0, out[-3000:]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row.get("rollout/replacements", 0) for row in rows) == 1
+    assert metrics_of(run) == metrics_of(undisturbed)
+    assert heldout_of(run)[-1] == heldout_of(undisturbed)[-1]
+
+
+def _steps(run: Path) -> int:
+    return len(metrics_of(run)) if (run / "metrics.jsonl").is_file() else 0
+
+
+def _until(done: Any, driver: subprocess.Popen[str]) -> None:
+    ends = time.monotonic() + _RUN_S
+    while not done():
+        assert driver.poll() is None, driver.communicate()[0][-3000:]
+        assert time.monotonic() < ends, "too late"
+        time.sleep(0.05)
+
+
+def _engine_pids() -> list[int]:
+    """Of Ray actors that run an engine; Ray gives them the name of their class."""
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if "RolloutWorker" in words:
+            found.append(process.pid)
+    assert found, "no engine is running"
+    return found
+
+
+# --- mistakes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--set", "learner.epoch=1"], "did you mean learner.epochs"),
+        (["--set", "episodes.sampled_by=gold"], "sampled_by"),
+        (["--set", "episodes.prompts=400"], "episodes.prompts is 400, but the pool has"),
+        (["--set", "fleet.max_model_len=9999"], "but the context of"),
+        (["--set", "questions.max_prompt_tokens=290"], "more than fleet.max_model_len"),
+        (["--set", "questions.sources=[nowhere.jsonl]"], "nowhere.jsonl"),
+        (["--model", "/no/such/folder"], "/no/such/folder"),
+        (["--beta", "nan"], "beta"),
+        (["--resume", "/no/such/run"], "no run folder"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    root: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [] if "--resume" in words else ["--config", str(root / "run.yaml")]
+    assert main([*given, *words]) == 2
+    said = capsys.readouterr().err.strip()
+    assert sentence in said and said.startswith("ppo: ") and len(said.splitlines()) == 1
+
+
+def test_the_plan_of_a_step_is_a_function_of_seed_and_step(root: Path) -> None:
+    def plan(*words: str) -> Any:
+        given = ["--config", str(root / "run.yaml"), "--out", str(root / "never made")]
+        return read_request([*given, *words], "").plan
+
+    one, other = plan(), plan("--set", "seed=1")
+    assert one.chunks(3) == plan().chunks(3) != one.chunks(2)
+    assert one.chunks(3) != other.chunks(3)
+    seeds = [s for step in range(5) for chunk in one.chunks(step) for t in chunk for s in t.seeds]
+    assert len(set(seeds)) == len(seeds) == 5 * 4 * 3
+    assert [len(chunk) for chunk in one.chunks(0)] == [2, 2]
+
+
+def test_a_dry_run_starts_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = root / "dry"
+    assert main(["--config", str(root / "run.yaml"), "--out", str(out), "--dry-run"]) == 0
+    assert "4 questions x 3 samples = 12 episodes" in capsys.readouterr().out
+    assert not out.exists()
