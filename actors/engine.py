@@ -118,15 +118,27 @@ class Engine:
         for group, peak in zip(self.deepspeed.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = scale * peak
 
+    @property
+    def _sums_itself(self) -> bool:
+        """At stage 1 gradients are summed here, a group of parameters at once.
+
+        DeepSpeed takes them parameter by parameter: with the hundreds of small tensors of FBS modules that is
+        time of the host in which the device waits.
+        """
+        return self.settings.cluster.zero_stage == 1
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.deepspeed(*args, **kwargs)
+        return (self.module if self._sums_itself else self.deepspeed)(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add this call's share of the step's gradient.
 
         DeepSpeed averages over ranks and, unless told not to, over accumulation steps; shares are summed.
         """
-        self.deepspeed.backward(loss * self.ranks, scale_wrt_gas=False)
+        if self._sums_itself:
+            loss.backward()
+        else:
+            self.deepspeed.backward(loss * self.ranks, scale_wrt_gas=False)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # counts the micro-batch; nothing is applied
 
@@ -134,9 +146,9 @@ class Engine:
         """Clip and apply the gradient: (its norm before clipping, whether it was applied; not if non-finite)."""
         if self.settings.cluster.zero_stage == 0:
             return self._step_without_zero()
-        if self.settings.cluster.precision == "bf16" and hasattr(
-            self.deepspeed.optimizer, "averaged_gradients"
-        ):
+        if self._sums_itself:
+            self._sum_gradients()
+        elif self.settings.cluster.precision == "bf16":
             # DeepSpeed's own check reads every tensor three times and waits for each: let it look only when
             # one look at all of them says that it must (its way out of a bad step is then the one it knows).
             self.deepspeed.optimizer.check_grad_overflow = not self._finite_gradients()
@@ -157,6 +169,28 @@ class Engine:
             self.module.zero_grad(set_to_none=True)  # AdamW leaves what has no gradient as it is
         self.deepspeed.step()
         return float(norm), finite
+
+    @torch.no_grad()
+    def _sum_gradients(self) -> None:
+        """Hand DeepSpeed this rank's part of the summed gradient, in the flat layout it keeps each group in."""
+        zero = self.deepspeed.optimizer
+        for index, members in enumerate(zero.round_robin_bit16_groups):
+            flat = torch.zeros_like(zero.bit16_groups_flat[index])
+            views, gradients = [], []
+            for parameter, offset in zip(
+                members, zero.round_robin_bit16_offsets[index], strict=True
+            ):
+                if parameter.grad is not None:
+                    views.append(flat.narrow(0, offset, parameter.numel()).view(parameter.shape))
+                    gradients.append(parameter.grad)
+                    parameter.grad = None
+            if views:
+                torch._foreach_copy_(views, gradients)  # pyright: ignore[reportPrivateImportUsage]
+            if self.ranks > 1:
+                torch.distributed.all_reduce(flat)
+            size = int(zero.partition_size[index])
+            first = size * (torch.distributed.get_rank() if self.ranks > 1 else 0)
+            zero.averaged_gradients[index] = [flat.narrow(0, first, size)]
 
     def _finite_gradients(self) -> bool:
         """Whether the gradients that this and all other ranks will apply are finite."""
@@ -216,6 +250,8 @@ def deepspeed_config(settings: PretrainSettings, ranks: int, universal: bool) ->
     }
     if cluster.zero_stage:
         config["zero_optimization"] = {"stage": cluster.zero_stage}
+    if cluster.zero_stage == 1:  # no hooks on parameters: Engine sums their gradients
+        config["zero_optimization"] |= {"contiguous_gradients": False, "overlap_comm": False}
     if cluster.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if universal:

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from fbs_rl.checkpoint import LoadedModel, export_model, load_model
 from fbs_rl.config import from_tree
 from fbs_rl.data.shards import PackedShards
 from fbs_rl.model.chunk_loss import class_weights
-from fbs_rl.model.compiled import compile_from_now_on
+from fbs_rl.model.compiled import as_written, compile_from_now_on
 from fbs_rl.model.gate_fit import centre_gates, fit_in_closed_form
 from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.seeds import stable_hash
@@ -104,6 +105,7 @@ class PretrainWorker:
             settings.phases.decode_start_frac,
             self._class_weights(),
             self.device,
+            settings.phases.dense_rows_frac,
         )
         self.trains = self.plan(max(step - 1, 0)).trains
         universal = resume is not None and resume["tag"] != TAG
@@ -121,6 +123,7 @@ class PretrainWorker:
         self.tokenizer = loaded.tokenizer
         model = loaded.model
         model.config._attn_implementation = self.settings.cluster.attention
+        model.model.document_attention = self.settings.cluster.document_attention
         if model.model.preview is not None and starts_plain(self.settings.model):
             model.model.preview.set_vocabulary(self._token_counts())
         if self.settings.cluster.compiles and self.device.type == "cuda":
@@ -175,10 +178,13 @@ class PretrainWorker:
         scope = LossScope(
             self._counts(batches, step), self.rate_L, self.window_P, plan.preview_scale
         )
+        placed = replace(
+            scope, rate_L=self._placed(self.rate_L), window_P=self._placed(self.window_P)
+        )
         sums = StepSums(config, self.device)
         self.engine.set_rates(plan.lr_scale)
         for batch in batches:
-            sums.add(self._accumulate(batch, plan, scope), batch)
+            sums.add(self._accumulate(batch, plan, placed), batch)
         gradient_norm, applied = self.engine.step()
         self.model.model.forget_derived()
         totals = self.reduce(sums.vector())
@@ -204,8 +210,9 @@ class PretrainWorker:
             rows = self.train_rows.rows(_spread(len(self.train_rows), _FIT_ROWS))
             start = rows.ids_BT.shape[1] // 4
             ids = torch.from_numpy(rows.ids_BT)
-            fit_in_closed_form(self.model, ids, start)
-            centre_gates(self.model, ids, start, plan.skip_target)
+            with as_written():
+                fit_in_closed_form(self.model, ids, start)
+                centre_gates(self.model, ids, start, plan.skip_target)
         if plan.step == phases.observed_steps and (
             plan.trains != self.trains or phases.gate_start == "fitted"
         ):
@@ -247,6 +254,10 @@ class PretrainWorker:
         self.engine.backward(out.loss)
         return out
 
+    def _placed(self, means: Tensor | None) -> Tensor | None:
+        """On the device before the step's work is queued: a copy in its midst would wait for all of it."""
+        return None if means is None else means.float().to(self.device)
+
     def reduce(self, sums: Tensor) -> Tensor:
         """Sums over ranks, as float64 on the CPU."""
         if self.ranks == 1:
@@ -267,7 +278,8 @@ class PretrainWorker:
         """Held-out figures, equal on all ranks."""
         tuning, scored = self.heldout_batches()
         ratios = self.settings.evaluation.skip_ratios
-        return evaluate(self.model, tuning, scored, ratios, self.reduce)
+        with as_written():
+            return evaluate(self.model, tuning, scored, ratios, self.reduce)
 
     def heldout_batches(self) -> tuple[list[MicroBatch], list[MicroBatch]]:
         """This rank's share of the sequences that thresholds are found on, and of those that are scored."""

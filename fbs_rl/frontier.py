@@ -18,6 +18,7 @@ from typing import Any
 from fbs_rl.config import load_settings, to_tree
 from fbs_rl.data.shards import PackedShards
 from fbs_rl.model.baselines import random_skip, removal_harm, static_skip
+from fbs_rl.model.compiled import as_written
 from fbs_rl.training.batches import MicroBatch
 from fbs_rl.training.evaluation import evaluate, measure
 from fbs_rl.training.settings import PretrainSettings
@@ -27,10 +28,16 @@ ARMS: dict[str, tuple[str, ...]] = {
     "plain": _NO_MODULES,
     "default": ("model.preset=default",),
     "fitted": ("model.preset=default", "phases.gate_start=fitted"),
+    "dense-rows": ("model.preset=default", "phases.dense_rows_frac=0.33"),
+    "hardened": ("model.preset=default", "phases.harden_frac=0.25"),
     "undistilled": ("model.preset=default", "model.options.loss_distill=0.0"),
-    "frozen-teacher": ("model.preset=default", "phases.teacher=phase_1a"),
+    "frozen-teacher": (
+        "model.preset=default",
+        "phases.teacher=phase_1a",
+        "phases.observe_frac=0.1",
+    ),
     "paper": ("model.preset=paper", "phases.train_gated=gates", "phases.observe_frac=0.5"),
-    "paper-all": ("model.preset=paper",),
+    "paper-all": ("model.preset=paper", "phases.observe_frac=0.1"),
 }
 """What tells each arm from the shared settings. paper-all trains everything in phase 1b, paper the gates alone."""
 _RATIOS = [0.1, 0.2, 0.3, 0.36, 0.5]
@@ -78,7 +85,9 @@ def run_arm(name: str, settings: PretrainSettings, controls: bool) -> list[dict[
     base = {"arm": name, "tokens": tokens, "steps": steps, "train_s": round(timed, 1)}
     base["tokens_per_s"] = round(tokens / timed)
     tuning, scored = worker.heldout_batches()
-    figures = evaluate(worker.model, tuning, scored, settings.evaluation.skip_ratios, worker.reduce)
+    ratios = settings.evaluation.skip_ratios
+    with as_written():
+        figures = evaluate(worker.model, tuning, scored, ratios, worker.reduce)
     rows = [
         {**base, "variant": "dense", "asked": 0.0, "skip": 0.0, "ppl": figures["eval/ppl_dense"]}
     ]
@@ -91,9 +100,8 @@ def run_arm(name: str, settings: PretrainSettings, controls: bool) -> list[dict[
             found = {"skip": figures[f"{prefix}/skip_ratio"], "ppl": figures[f"{prefix}/ppl"]}
             rows.append({**base, "variant": "gates", "asked": ratio, **found, "layers": layers})
     if controls and worker.model.config.gate:
-        rows += [
-            {**base, **row} for row in _controls(worker, scored, settings.evaluation.skip_ratios)
-        ]
+        with as_written():
+            rows += [{**base, **row} for row in _controls(worker, scored, ratios)]
     print(f"{name}: {time.perf_counter() - began:.0f} s in all", file=sys.stderr)
     return rows
 

@@ -183,6 +183,9 @@ class PassTaps:
     gated_BT: Tensor | None = None  # True where a gate may act (a decoded, valid token)
     valid_BT: Tensor | None = None
     soft_skip_LBT: Tensor | None = None  # z̃ = z + p − sg(p), for rate penalties
+    miss_ABT: Tensor | None = (
+        None  # relative squared error of each of the A skip adapters, if asked for
+    )
     states: list[Tensor] = field(default_factory=list)  # h entering each layer, of a parallel pass
 
 
@@ -234,6 +237,8 @@ def as_row_vector(
 
     Raises ValueError if a vector has another length.
     """
+    if isinstance(value, (int, float)):  # filled on the device: a copy to it would wait for it
+        return torch.full((rows,), value, dtype=dtype, device=device)
     vector = torch.as_tensor(value, dtype=dtype, device=device)
     if vector.ndim == 0:
         return vector.expand(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -201,3 +202,15 @@ def test_counts_of_parts_add_up(shards: PackedShards) -> None:
         rows = [(c.lm, c.preview, c.window, c.gated, c.rows) for c in counts]
         totals.add(tuple(map(sum, zip(*rows, strict=True))))
     assert len(totals) == 1
+
+
+def test_in_dense_rows_no_gate_acts_and_the_others_are_as_they_were(shards: PackedShards) -> None:
+    plain = [rows_of(reader(shards).micro_batches(step, 0, 1, 12)) for step in range(40)]
+    mixed_reader = dataclasses.replace(reader(shards), dense_rows_frac=0.3)
+    mixed = [rows_of(mixed_reader.micro_batches(step, 0, 1, 12)) for step in range(40)]
+    dense = torch.cat([rows["start"] == TOKENS for rows in mixed])
+    assert 0.2 < float(dense.float().mean()) < 0.4
+    for before, after in zip(plain, mixed, strict=True):
+        kept = after["start"] < TOKENS
+        assert torch.equal(after["start"][kept], before["start"][kept])
+        assert not after["gated"][~kept].any()

@@ -30,6 +30,8 @@ OTHER: dict[str, Any] = {
     "segment_max_tokens": 14, "loss_preview": 0.1, "loss_chunk": 0.2, "loss_consistency": 0.3, "loss_window": 0.4,
     "loss_gate": 0.6, "loss_distill": 0.7, "loss_preview_taps": 3,
     "loss_preview_every": 5, "loss_gate_entropy": 0.02, "loss_window_nats": 2.0, "loss_skip_target": 0.2,
+    "loss_gate_ceiling": 0.2,
+    "loss_imitation": 0.1,
     "loss_coverage_min": 0.7, "loss_confidence_min": 0.5,
 }  # fmt: skip
 """Every option at a value that is not its default (`gate` aside, without which no gate mode is allowed)."""

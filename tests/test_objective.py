@@ -385,3 +385,10 @@ def test_given_class_weights_replace_those_of_the_batch() -> None:
     nll = -logits[0].log_softmax(-1)[torch.arange(4), labels[0]]
     wanted = (nll * weight[labels[0]]).sum() / weight[labels[0]].sum()
     assert found.item() == pytest.approx(wanted.item(), abs=1e-6)
+
+
+def test_the_ceiling_may_be_lifted() -> None:
+    """A rate of 1 in one of four layers, 0.24 on average too much: 0.24² and c·0.1² above it."""
+    rate_L = torch.tensor([1.0, 0.2, 0.4, 0.8])
+    assert float(rate_penalty(rate_L, None, True, 0.36, 0.0)) == pytest.approx(0.24**2)
+    assert float(rate_penalty(rate_L, None, True, 0.36, 0.5)) == pytest.approx(0.24**2 + 0.005)

@@ -138,3 +138,12 @@ def test_the_rate_may_stay_or_fall_to_nothing() -> None:
     assert [lr_scale(step, 5, flat) for step in range(5)] == [1] * 5
     gone = OptimizerSettings(warmup_frac=0.0, lr_final_frac=0.0)
     assert lr_scale(4, 5, gone) == pytest.approx(0.0)
+
+
+def test_the_last_share_of_phase_1b_may_be_hardened() -> None:
+    """Of ten steps of 1b the last three: p >= 1/2 skips, and the surrogate is p itself."""
+    made = plans(steps=14, observe_frac=4 / 14, harden_frac=0.3)
+    modes = [GateMode.DENSE] * 4 + [GateMode.SAMPLE] * 7 + [GateMode.THRESHOLD] * 3
+    assert [p.mode for p in made] == modes
+    assert {(p.tau, p.gate_temperature) for p in made[-3:]} == {(0.5, 1.0)}
+    assert all(p.tau != 0.5 for p in made[:-3])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+
+from fbs_rl.model.document_attention import attend_documents
 
 
 def rotate(x_BHTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -57,12 +62,15 @@ def attend_sequence(
     query_BHTD: Tensor,
     key_BGTD: Tensor,
     value_BGTD: Tensor,
-    mask_B1TT: Tensor | None,
+    mask_B1TT: Tensor | BlockMask | None,
 ) -> Tensor:
-    """[B, T, H*D] through the attention implementation that the configuration names.
+    """[B, T, H*D] through the attention implementation that the configuration names, or block by block.
 
     attention: the backbone's own module, of which scaling and head counts are read.
     """
+    if isinstance(mask_B1TT, BlockMask):
+        scaling: Any = attention.scaling
+        return attend_documents(query_BHTD, key_BGTD, value_BGTD, mask_B1TT, scaling)
     implementation = config._attn_implementation or "sdpa"
     if implementation == "eager":
         # The eager form adds its mask to the scores and knows no implicit causality.

@@ -43,6 +43,8 @@ def boundary_loss_rows(config: FBSConfig, tap: ChunkTap, labels: ChunkLabels | N
             config, tap.boundary_logits_BT4, labelled_BT, labels.coverage_B.to(prior_B)
         )
     loss_B = torch.where(has_B, torch.where(trusted_B, exact_B, 0.0), prior_B)
+    if labels.force_cross_entropy:  # and the device need not be waited for
+        return loss_B
     for row in (has_B & ~trusted_B).nonzero().flatten().tolist():
         where = labelled_BT[row]
         aligned = ctc_loss(
@@ -111,12 +113,12 @@ def consistency_loss_rows(model: FBSModel, taps: PassTaps) -> Tensor:
     chunks, final = taps.chunks, taps.final_state_BTd
     assert chunks is not None and final is not None
     losses = []
+    count = next(iter(chunks.summaries.values())).shape[1]
+    present_BN = torch.arange(count, device=final.device) <= chunks.chunk_id_BT.amax(
+        1, keepdim=True
+    )
+    deep_BNd = chunk_means(final.detach(), _membership(chunks, count))
     for index, summary_BNW in chunks.summaries.items():
-        count = summary_BNW.shape[1]
-        present_BN = torch.arange(count, device=final.device) <= chunks.chunk_id_BT.amax(
-            1, keepdim=True
-        )
-        deep_BNd = chunk_means(final.detach(), _membership(chunks, count))
         reader = model.get_submodule(f"layers.{index}.chunk_reader")
         guess_BNd = reader.consistency(summary_BNW)  # pyright: ignore[reportCallIssue]
         losses.append(_agreement(model.config.chunk_consistency, guess_BNd, deep_BNd, present_BN))

@@ -7,7 +7,8 @@ keeps the bit-equality with the backbone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,17 @@ def compile_from_now_on() -> None:
 def compiling() -> bool:
     """Whether compilation is switched on in this process."""
     return _on
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Nothing is compiled inside: passes of shapes and modes that occur a few times are not worth it."""
+    global _on
+    before, _on = _on, False
+    try:
+        yield
+    finally:
+        _on = before
 
 
 def compilable(function: F) -> F:

@@ -140,6 +140,10 @@ class FBSConfig(PreTrainedConfig):
     loss_gate: float = 0.01
     loss_gate_entropy: float = 0.01
     """Weight of −H(p) inside L_gate: what keeps gates undecided early on."""
+    loss_gate_ceiling: float = 0.1
+    """Weight of Σ_l relu(rate_l − 0.9)² inside L_gate: what keeps single layers from always being skipped."""
+    loss_imitation: float = 0.0
+    """Weight of the relative squared error of skip adapters against the layers they stand for, at every token."""
     loss_distill: float = 1.0
     """Weight of KL(dense || gated), used when gates act and dense logits are at hand or asked for."""
     loss_preview_taps: int = 2

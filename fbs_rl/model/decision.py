@@ -35,7 +35,7 @@ class Decider:
             self.bar_BT = torch.where(self.gated_BT, self.request.tau_B.unsqueeze(1), torch.inf)
             temperature: float | Tensor = self.request.temperature
             if compiling():  # a number would be compiled in, and it changes from step to step
-                temperature = torch.tensor(temperature, device=self.gated_BT.device)
+                temperature = torch.full((), temperature, device=self.gated_BT.device)
             self.sharpness = torch.logit(self.request.tau_B, eps=1e-6).unsqueeze(1), temperature
 
     @classmethod

@@ -84,6 +84,7 @@ class FBSModel(FBSPreTrainedModel):
         self.boundary = BoundaryHead(config) if config.chunk else None
         self.segment_position = SegmentPosition(config) if config.segment_position else None
         self.gradient_checkpointing = False
+        self.document_attention = "mask"  # "blocks": FlexAttention where it applies, for training
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from fbs_rl.model.attention import without_keys
 from fbs_rl.model.compiled import compilable
@@ -13,6 +14,7 @@ from fbs_rl.model.decision import Verdict
 from fbs_rl.model.layer import FBSLayer, Rope, straight_through, unit_norm
 from fbs_rl.model.preview import Glance
 from fbs_rl.model.skip_gate import Motion
+from fbs_rl.model.skip_path import SkipAdapter
 from fbs_rl.types import KVPolicy
 
 
@@ -21,7 +23,7 @@ class LayerPass(NamedTuple):
 
     state_BTd: its output. normed_BTd: x̂ of it. key, value: [B, G, T, D] of every token. logit_BT: of the
     block's gate (None: it has none). prob_BT, skip_BT: p and z, zero where nobody decides. soft_BT: z̃. motion_BT2:
-    of the last executed layer.
+    of the last executed layer. miss_BT: how far the skip path is from the layer, where training asks for it.
     """
 
     state_BTd: Tensor
@@ -33,10 +35,22 @@ class LayerPass(NamedTuple):
     skip_BT: Tensor
     soft_BT: Tensor
     motion_BT2: Tensor
+    miss_BT: Tensor | None
 
 
 @compilable
-def pass_layer(
+def pass_layer(*arguments: Any) -> LayerPass:
+    """Run a layer for every token and take its output where the token does not skip; see _pass for the arguments."""
+    return _pass(*arguments)
+
+
+@compilable
+def pass_layer_in_blocks(*arguments: Any) -> LayerPass:
+    """pass_layer with a BlockMask: compiled code of its own, since one function may not see both kinds of mask."""
+    return _pass(*arguments)
+
+
+def _pass(
     layer: FBSLayer,
     state_BTd: Tensor,
     normed_BTd: Tensor,
@@ -46,9 +60,9 @@ def pass_layer(
     motion_BT2: Tensor,
     glance: Glance | None,
     rope: Rope,
-    mask_B1TT: Tensor | None,
+    mask_B1TT: Tensor | BlockMask | None,
 ) -> LayerPass:
-    """Run the layer for every token and take its output where the token does not skip.
+    """A layer for every token.
 
     state_BTd: h. injected_BTd: h̃. logit_BT: of the block's gate, if an earlier layer of the block asked it.
     """
@@ -58,18 +72,29 @@ def pass_layer(
     prob_BT = None if logit_BT is None else torch.sigmoid(logit_BT)
     skip_BT = verdict.skip(prob_BT)
     if skip_BT is not None and layer.config.kv_on_skip == KVPolicy.NOOP:
+        assert not isinstance(mask_B1TT, BlockMask)
         mask_B1TT = without_keys(mask_B1TT, skip_BT)
     executed, key, value = layer.run_sequence(
         state_BTd, normed_BTd, injected_BTd, skip_BT, rope, mask_B1TT
     )
     moved_BT2 = Motion.between(state_BTd, executed) if layer.config.gate else motion_BT2
+    miss_BT = _miss(layer, state_BTd, normed_BTd, executed)
     nothing_BT = torch.zeros_like(verdict.gated_BT)
     shown_BT = nothing_BT.float() if prob_BT is None or verdict.protected else prob_BT
     if skip_BT is None:
         normed = unit_norm(executed, layer.config.rms_norm_eps)
         soft_BT = nothing_BT.float()
         return LayerPass(
-            executed, normed, key, value, logit_BT, shown_BT, nothing_BT, soft_BT, moved_BT2
+            executed,
+            normed,
+            key,
+            value,
+            logit_BT,
+            shown_BT,
+            nothing_BT,
+            soft_BT,
+            moved_BT2,
+            miss_BT,
         )
     surrogate_BT = verdict.surrogate(logit_BT, prob_BT, skip_BT)
     soft_BT = skip_BT.float() + (surrogate_BT - surrogate_BT.detach())
@@ -78,4 +103,20 @@ def pass_layer(
     )
     motion = torch.where(skip_BT.unsqueeze(-1), motion_BT2, moved_BT2)
     normed = unit_norm(chosen, layer.config.rms_norm_eps)
-    return LayerPass(chosen, normed, key, value, logit_BT, shown_BT, skip_BT, soft_BT, motion)
+    return LayerPass(
+        chosen, normed, key, value, logit_BT, shown_BT, skip_BT, soft_BT, motion, miss_BT
+    )
+
+
+def _miss(
+    layer: FBSLayer, state_BTd: Tensor, normed_BTd: Tensor, executed_BTd: Tensor
+) -> Tensor | None:
+    """‖skip(h) − F(h)‖² / ‖F(h) − h‖² [B, T], with gradient to the adapter alone; None where nobody asks."""
+    adapter = layer.skip_path
+    asked = layer.config.loss_imitation > 0 and torch.is_grad_enabled()
+    if not asked or not isinstance(adapter, SkipAdapter):
+        return None
+    wanted_BTd, state_BTd = executed_BTd.detach().float(), state_BTd.detach()
+    missed_BTd = adapter(state_BTd, normed_BTd.detach()).float() - wanted_BTd
+    update_BT = (wanted_BTd - state_BTd.float()).square().sum(-1)
+    return missed_BTd.square().sum(-1) / update_BT.clamp_min(1e-6)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from fbs_rl.model.attention import attend_sequence, rotate
 from fbs_rl.model.chunk_head import ChunkReader
@@ -76,7 +77,7 @@ class FBSLayer(nn.Module):
         injected_BTd: Tensor,
         skip_BT: Tensor | None,
         rope: Rope,
-        mask_B1TT: Tensor | None,
+        mask_B1TT: Tensor | BlockMask | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(output, keys, values) for every token of a sequence, as if it ran the layer.
 

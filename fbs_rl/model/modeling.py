@@ -221,8 +221,10 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
         mode = GateMode(self.config.gates if gates is None else gates)
         if mode in (GateMode.THRESHOLD, GateMode.SAMPLE) and not self.config.gate:
             raise ValueError(f'gates is "{mode}" but this model was made without gates')
-        tau_B = as_row_vector(self.config.tau if tau is None else tau, batch, torch.float32, device)
-        if bool(((tau_B < 0) | (tau_B > 1)).any()):
+        tau = self.config.tau if tau is None else tau
+        tau_B = as_row_vector(tau, batch, torch.float32, device)
+        inside = bool(((tau >= 0) & (tau <= 1)).all()) if isinstance(tau, Tensor) else 0 <= tau <= 1
+        if not inside:
             raise ValueError(f"tau is {tau}; a threshold on a probability lies in [0, 1]")
         if mode is GateMode.SAMPLE and gate_seed is None:
             raise ValueError(

@@ -26,7 +26,12 @@ from fbs_rl.model.preview_loss import (
     window_error_sum,
 )
 from fbs_rl.model.sequence_pass import PassResult
-from fbs_rl.model.vocabulary_loss import cross_entropy_sum, divergence_sum, next_token_labels
+from fbs_rl.model.vocabulary_loss import (
+    cross_entropy_sum,
+    divergence_sum,
+    next_token_labels,
+    weighted_losses,
+)
 from fbs_rl.types import (
     IGNORED_LABEL,
     ChunkLabels,
@@ -107,8 +112,7 @@ def compute_losses(
     )
     counts, whole = scope.counts, target.scope is None
     wanted_BT = next_token_labels(target.labels_BT, target.document_BT)
-    lm = cross_entropy_sum(hidden_BTd, head_Vd, wanted_BT) / max(counts.lm, 1)
-    report = LossReport(lm, {"lm": lm}, counts)
+    report = _start_report(config, hidden_BTd, head_Vd, wanted_BT, target, taps.gated_BT, counts)
     if model.preview is not None and taps.previews:
         _add_previews(report, model, result, target, scope, whole)
     if taps.chunks is not None and model.boundary is not None:
@@ -119,11 +123,32 @@ def compute_losses(
         _add(report, "consistency", part, config.loss_consistency)
     if config.gate and taps.gated_BT is not None:
         _add_gate(report, config, result, target, scope, whole)
-    if target.dense is not None:
-        where_BT = taps.gated_BT
-        assert where_BT is not None
-        part = divergence_sum(hidden_BTd, head_Vd, target.dense, where_BT) / max(counts.gated, 1)
-        _add(report, "distill", part, config.loss_distill)
+    if taps.miss_ABT is not None and taps.gated_BT is not None:
+        part = (taps.miss_ABT.mean(0) * taps.gated_BT).sum() / max(counts.gated, 1)
+        _add(report, "imitation", part, config.loss_imitation)
+    return report
+
+
+def _start_report(
+    config: FBSConfig, hidden_BTd: Tensor, head_Vd: Tensor, wanted_BT: Tensor, target: Supervision,
+    gated_BT: Tensor | None, counts: LossCounts,
+) -> LossReport:  # fmt: skip
+    """The report with what reads the whole vocabulary: lm and, with a dense reference, distill."""
+    scales = 1 / max(counts.lm, 1), 1 / max(counts.gated, 1)
+    if target.dense is None:
+        lm = cross_entropy_sum(hidden_BTd, head_Vd, wanted_BT) * scales[0]
+        return LossReport(lm, {"lm": lm}, counts)
+    assert gated_BT is not None
+    if hidden_BTd.is_cuda and torch.is_grad_enabled():
+        weights = scales[0], config.loss_distill * scales[1]
+        total, lm, distill = weighted_losses(
+            hidden_BTd, head_Vd, wanted_BT, target.dense, gated_BT, weights
+        )
+        return LossReport(total, {"lm": lm * scales[0], "distill": distill * scales[1]}, counts)
+    lm = cross_entropy_sum(hidden_BTd, head_Vd, wanted_BT) * scales[0]
+    report = LossReport(lm, {"lm": lm}, counts)
+    part = divergence_sum(hidden_BTd, head_Vd, target.dense, gated_BT) * scales[1]
+    _add(report, "distill", part, config.loss_distill)
     return report
 
 
@@ -199,7 +224,7 @@ def _add_gate(
     scope: LossScope,
     whole: bool,
 ) -> None:
-    """L_gate = (mean p − ρ*)² + 0.1·Σ_l relu(mean_t p^l − 0.9)² − c·mean H(p), over gated tokens."""
+    """L_gate = (mean p − ρ*)² + c_1·Σ_l relu(mean_t p^l − 0.9)² − c_2·mean H(p), over gated tokens."""
     gated_BT, soft_LBT = result.taps.gated_BT, result.taps.soft_skip_LBT
     assert gated_BT is not None
     # What stands for the skip rate, with gradient: z̃ under threshold gates, the probability otherwise.
@@ -209,7 +234,9 @@ def _add_gate(
     sum_L = (rate_LBT * gated_BT).sum((1, 2))
     entropy = (binary_entropy(rate_LBT) * gated_BT).sum()
     report.rate_sum_L, report.entropy_sum = sum_L.detach(), entropy.detach()
-    penalty = rate_penalty(sum_L / count, scope.rate_L, whole, target.skip_target)
+    penalty = rate_penalty(
+        sum_L / count, scope.rate_L, whole, target.skip_target, config.loss_gate_ceiling
+    )
     part = penalty - config.loss_gate_entropy * entropy / (count * len(rate_LBT))
     _add(report, "gate", (report.counts.gated > 0) * part, config.loss_gate)
 
@@ -220,13 +247,16 @@ def binary_entropy(prob: Tensor) -> Tensor:
     return -(prob * prob.log() + (1 - prob) * (1 - prob).log())
 
 
-def rate_penalty(rate_L: Tensor, reference_L: Tensor | None, whole: bool, target: float) -> Tensor:
-    """(mean rate − target)² + 0.1·Σ_l relu(rate_l − 0.9)²; of a part of a step, linearised at `reference`."""
+def rate_penalty(
+    rate_L: Tensor, reference_L: Tensor | None, whole: bool, target: float, ceiling: float = 0.1
+) -> Tensor:
+    """(mean rate − target)² + ceiling·Σ_l relu(rate_l − 0.9)²; of a part of a step, linearised at `reference`."""
     if whole:
-        return (rate_L.mean() - target) ** 2 + 0.1 * F.relu(rate_L - _RATE_CEILING).square().sum()
+        above = F.relu(rate_L - _RATE_CEILING).square().sum()
+        return (rate_L.mean() - target) ** 2 + ceiling * above
     if reference_L is None:
         return rate_L.sum() * 0.0
     reference_L = reference_L.to(rate_L)
     slope_L = 2 * (reference_L.mean() - target) / len(reference_L)
-    slope_L = slope_L + 0.2 * F.relu(reference_L - _RATE_CEILING)
+    slope_L = slope_L + 2 * ceiling * F.relu(reference_L - _RATE_CEILING)
     return (slope_L * rate_L).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -100,6 +100,11 @@ def preview_cross_entropy(
     wanted_BTK = _preview_classes(head, targets.ids_BTK)
     wanted_BTK = wanted_BTK.masked_fill(~targets.known_BTK, IGNORED_LABEL)
     queries_XR = torch.einsum("btr,ksr->btks", tap.query_BTR, head.horizon_maps).flatten(0, 2)
+    if queries_XR.is_cuda:
+        ce_X = _RecomputedCrossEntropy.apply(
+            queries_XR, reduced_NR, head.unk_R, wanted_BTK.flatten()
+        )
+        return ce_X.view(wanted_BTK.shape)  # pyright: ignore[reportOptionalMemberAccess]
     rows = max(1, _LOGIT_BYTES // (4 * len(reduced_NR)))
     pieces = zip(queries_XR.split(rows), wanted_BTK.flatten().split(rows), strict=True)
     parts = [
@@ -107,6 +112,69 @@ def preview_cross_entropy(
         for query, wanted in pieces
     ]
     return torch.cat(parts).view(wanted_BTK.shape)
+
+
+class _RecomputedCrossEntropy(torch.autograd.Function):
+    """_class_cross_entropy of all rows; scores are made again in the backward pass, not the sums over them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_XR: Tensor, reduced_NR: Tensor, unk_R: Tensor, wanted_X: Tensor
+    ) -> Tensor:
+        ctx.rows = max(1, 4 * _LOGIT_BYTES // (2 * len(reduced_NR)))
+        found = [
+            _scores_cross_entropy(F.linear(query, reduced_NR), query @ unk_R, wanted)
+            for query, wanted in zip(
+                query_XR.split(ctx.rows), wanted_X.split(ctx.rows), strict=True
+            )
+        ]
+        ce_X, lse_X = (torch.cat(part) for part in zip(*found, strict=True))
+        ctx.save_for_backward(query_XR, reduced_NR, unk_R, wanted_X, lse_X)
+        return ce_X
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query_XR, reduced_NR, unk_R, wanted_X, lse_X = ctx.saved_tensors
+        query_grad = torch.empty_like(query_XR)
+        reduced_grad = torch.zeros_like(reduced_NR, dtype=torch.float32)
+        unk_grad = torch.zeros_like(unk_R, dtype=torch.float32)
+        parts = (query_XR, wanted_X, lse_X, gradients[0], query_grad)
+        for query, wanted, lse, upstream, grad in zip(
+            *(part.split(ctx.rows) for part in parts), strict=True
+        ):
+            score_grad, unk_score_grad = _scores_gradient(
+                F.linear(query, reduced_NR), query @ unk_R, wanted, lse, upstream
+            )
+            torch.addmm(torch.outer(unk_score_grad, unk_R), score_grad, reduced_NR, out=grad)
+            reduced_grad += score_grad.t() @ query
+            unk_grad += unk_score_grad @ query
+        return query_grad, reduced_grad.to(reduced_NR.dtype), unk_grad.to(unk_R.dtype), None
+
+
+@compilable
+def _scores_cross_entropy(
+    scores_XN: Tensor, unk_X: Tensor, wanted_X: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(CE [X], log of the sum over all classes [X]); UNK is the class after the last of scores_XN."""
+    last = scores_XN.shape[1]
+    own_X = scores_XN.gather(1, wanted_X.clamp(0, last - 1).unsqueeze(-1)).squeeze(-1)
+    own_X = torch.where(wanted_X == last, unk_X, own_X).float()
+    lse_X = torch.logaddexp(scores_XN.float().logsumexp(-1), unk_X.float())
+    return (lse_X - own_X) * (wanted_X != IGNORED_LABEL), lse_X
+
+
+@compilable
+def _scores_gradient(
+    scores_XN: Tensor, unk_X: Tensor, wanted_X: Tensor, lse_X: Tensor, upstream_X: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients to the scores and to UNK's, in their types."""
+    scale_X = upstream_X * (wanted_X != IGNORED_LABEL)
+    every_N = torch.arange(scores_XN.shape[1], device=scores_XN.device)
+    is_own_XN = (every_N == wanted_X.unsqueeze(-1)).float()
+    prob_XN = (scores_XN.float() - lse_X.unsqueeze(-1)).exp()
+    unk_grad_X = ((unk_X.float() - lse_X).exp() - (wanted_X == len(every_N)).float()) * scale_X
+    score_grad_XN = (prob_XN - is_own_XN) * scale_X.unsqueeze(-1)
+    return score_grad_XN.to(scores_XN.dtype), unk_grad_X.to(unk_X.dtype)
 
 
 @compilable

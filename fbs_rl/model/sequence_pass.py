@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from fbs_rl.model.attention import sequence_mask
 from fbs_rl.model.chunk_head import Segmentation, close_probability, segment
 from fbs_rl.model.compiled import compiling
 from fbs_rl.model.decision import Decider
-from fbs_rl.model.gated_layer import LayerPass, pass_layer
+from fbs_rl.model.document_attention import document_blocks
+from fbs_rl.model.gated_layer import LayerPass, pass_layer, pass_layer_in_blocks
 from fbs_rl.model.kv_cache import ChunkState, FBSCache, ReaderChunks, open_chunk_sum
 from fbs_rl.model.layer import FBSLayer, Rope, unit_norm
 from fbs_rl.model.preview import Glance
 from fbs_rl.model.skip_gate import Motion
-from fbs_rl.types import ChunkTap, PassTaps, PreviewTap
+from fbs_rl.types import ChunkTap, KVPolicy, PassTaps, PreviewTap
 
 if TYPE_CHECKING:
     from fbs_rl.model.modeling import FBSModel
@@ -57,6 +59,7 @@ class _Walk:
     prob: list[Tensor] = field(default_factory=list)
     skip: list[Tensor] = field(default_factory=list)
     soft: list[Tensor] = field(default_factory=list)
+    miss: list[Tensor] = field(default_factory=list)
 
 
 def run_sequence(
@@ -70,10 +73,16 @@ def run_sequence(
     state = tokens.state_BTd
     batch, length = tokens.position_BT.shape
     if compiling():  # a number would be compiled in, and it changes from step to step
-        window_temperature = torch.tensor(window_temperature, device=state.device)
+        window_temperature = torch.full((), float(window_temperature), device=state.device)
     walk = _Walk(Motion.still(batch, length, state.device))
     taps = PassTaps(gated_BT=decider.gated_BT, valid_BT=tokens.valid_BT)
-    plain_mask = sequence_mask(length, state.device, tokens.valid_BT, tokens.document_BT)
+    plain_mask: Tensor | BlockMask | None
+    passes = pass_layer
+    if _in_blocks(model, tokens):
+        assert tokens.document_BT is not None
+        plain_mask, passes = document_blocks(tokens.document_BT), pass_layer_in_blocks
+    else:
+        plain_mask = sequence_mask(length, state.device, tokens.valid_BT, tokens.document_BT)
     normed = unit_norm(state, model.config.rms_norm_eps)
     saves = model.gradient_checkpointing and model.training and torch.is_grad_enabled()
     for layer in model.fbs_layers():
@@ -85,9 +94,7 @@ def run_sequence(
             walk.glance, tokens.rope, plain_mask,
         )  # fmt: skip
         made: Any = (
-            checkpoint(pass_layer, *arguments, use_reentrant=False)
-            if saves
-            else pass_layer(*arguments)
+            checkpoint(passes, *arguments, use_reentrant=False) if saves else passes(*arguments)
         )
         _keep(walk, made)
         if cache is not None:
@@ -95,7 +102,14 @@ def run_sequence(
         state, normed = made.state_BTd, made.normed_BTd
     taps.final_state_BTd = state
     taps.soft_skip_LBT = torch.stack(walk.soft)
+    taps.miss_ABT = torch.stack(walk.miss) if walk.miss else None
     return PassResult(state, torch.stack(walk.prob), torch.stack(walk.skip), taps)
+
+
+def _in_blocks(model: FBSModel, tokens: Tokens) -> bool:
+    """Whether attention goes block by block: where compiled code runs on packed documents and no key is ever absent."""
+    wanted = model.document_attention == "blocks" and compiling() and tokens.state_BTd.is_cuda
+    return wanted and tokens.document_BT is not None and model.config.kv_on_skip == KVPolicy.PROJECT
 
 
 def _look(
@@ -188,3 +202,5 @@ def _keep(walk: _Walk, made: LayerPass) -> None:
     walk.prob.append(made.prob_BT)
     walk.skip.append(made.skip_BT)
     walk.soft.append(made.soft_BT)
+    if made.miss_BT is not None:
+        walk.miss.append(made.miss_BT)

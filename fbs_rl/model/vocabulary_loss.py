@@ -51,6 +51,92 @@ def divergence_sum(
     return torch.stack(sums).sum()
 
 
+def weighted_losses(
+    state_BTd: Tensor,
+    head_Vd: Tensor,
+    target_BT: Tensor,
+    dense: DenseReference,
+    where_BT: Tensor,
+    weights: tuple[float, float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(their sum with `weights`, cross_entropy_sum, divergence_sum) from one set of logits, with one gradient.
+
+    Only the weighted sum carries a gradient.
+    """
+    total, cross_entropy, divergence = _FusedLosses.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        state_BTd.flatten(0, 1),
+        head_Vd,
+        target_BT.flatten(),
+        dense.state_BTd.detach().flatten(0, 1),
+        dense.head_Vd.detach(),
+        where_BT.flatten(),
+        *weights,
+    )
+    return total, cross_entropy, divergence
+
+
+class _FusedLosses(torch.autograd.Function):
+    """weighted_losses in the way of _FusedCrossEntropy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, state_Xd: Tensor, head_Vd: Tensor, target_X: Tensor, dense_Xd: Tensor, dense_Vd: Tensor,
+        where_X: Tensor, weight_ce: float, weight_kl: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        rows = max(1, 2 * _LOGIT_BYTES // (2 * head_Vd.shape[0]))
+        sums_2 = state_Xd.new_zeros(2, dtype=torch.float32)
+        state_grad = torch.empty_like(state_Xd)
+        head_grad = torch.zeros_like(head_Vd, dtype=torch.float32)
+        # As a tensor: numbers would be compiled in, and counts change from step to step.
+        weights_2 = torch.stack([sums_2.new_full((), weight_ce), sums_2.new_full((), weight_kl)])
+        parts = (state_Xd, target_X, dense_Xd, where_X, state_grad)
+        for state, target, other, where, gradient in zip(
+            *(part.split(rows) for part in parts), strict=True
+        ):
+            sums, logit_grad = _losses_and_gradient(
+                F.linear(state, head_Vd), target, F.linear(other, dense_Vd), where, weights_2
+            )
+            sums_2 += sums
+            torch.mm(logit_grad, head_Vd, out=gradient)
+            head_grad += logit_grad.t() @ state
+        ctx.save_for_backward(state_grad, head_grad.to(head_Vd.dtype))
+        cross_entropy, divergence = sums_2.clone().unbind()
+        ctx.mark_non_differentiable(cross_entropy, divergence)
+        return (weights_2 * sums_2).sum(), cross_entropy, divergence
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        state_grad, head_grad = ctx.saved_tensors
+        scale = gradients[0]
+        return (
+            (state_grad * scale).to(state_grad.dtype),
+            (head_grad * scale).to(head_grad.dtype),
+            *[None] * 6,
+        )
+
+
+@compilable
+def _losses_and_gradient(
+    logits_XV: Tensor, target_X: Tensor, dense_XV: Tensor, where_X: Tensor, weights_2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """((Σ cross entropy, Σ KL(dense || logits)) in nats, the gradient of their weighted sum to the logits)."""
+    wide_XV, other_XV = logits_XV.float(), dense_XV.float()
+    lse_X1 = wide_XV.logsumexp(-1, keepdim=True)
+    dense_lse_X1 = other_XV.logsumexp(-1, keepdim=True)
+    counted_X1 = (target_X != IGNORED_LABEL).unsqueeze(-1)
+    where_X1 = where_X.unsqueeze(-1)
+    column_X1 = target_X.clamp_min(0).unsqueeze(-1)
+    own_X1 = logits_XV.gather(-1, column_X1).float()
+    dense_prob_XV = (other_XV - dense_lse_X1).exp()
+    kl_X = (dense_prob_XV * ((other_XV - dense_lse_X1) - (wide_XV - lse_X1))).sum(-1)
+    prob_XV = (wide_XV - lse_X1).exp()
+    every_V = torch.arange(logits_XV.shape[1], device=logits_XV.device)
+    of_ce = (prob_XV - (every_V == column_X1).float()) * (counted_X1 * weights_2[0])
+    of_kl = (prob_XV - dense_prob_XV) * (where_X1 * weights_2[1])
+    sums_2 = torch.stack([((lse_X1 - own_X1) * counted_X1).sum(), (kl_X * where_X).sum()])
+    return sums_2, (of_ce + of_kl).to(logits_XV.dtype)
+
+
 class _FusedCrossEntropy(torch.autograd.Function):
     """cross_entropy_sum with its gradients made in the forward pass, a few thousand tokens at a time.
 

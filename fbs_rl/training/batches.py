@@ -64,6 +64,7 @@ class StepReader:
     decode_start_frac: float
     class_weights_C: Tensor
     device: torch.device
+    dense_rows_frac: float = 0.0
 
     def micro_batches(
         self, step: int, rank: int, ranks: int, micro_sequences: int
@@ -80,10 +81,16 @@ class StepReader:
     def _read(self, step: int, indices: np.ndarray, part: slice) -> MicroBatch:
         rows = range(part.start, part.stop)
         packed = self.shards.rows(indices[part])
-        limit = max(1, int(packed.ids_BT.shape[1] * self.decode_start_frac))
-        starts = [stable_hash("decode_start", self.seed, step, row) % limit for row in rows]
+        starts = [self._decode_start(step, row, packed.ids_BT.shape[1]) for row in rows]
         noise = [stable_hash("gate", self.seed, step, row) for row in rows]
         return to_micro_batch(packed, starts, noise, self.class_weights_C, self.device)
+
+    def _decode_start(self, step: int, row: int, length: int) -> int:
+        """Where gates begin to act in a row of the step: its end, and so nowhere, in a share of the rows."""
+        if stable_hash("dense_row", self.seed, step, row) % 1000 < 1000 * self.dense_rows_frac:
+            return length
+        limit = max(1, int(length * self.decode_start_frac))
+        return stable_hash("decode_start", self.seed, step, row) % limit
 
 
 def to_micro_batch(

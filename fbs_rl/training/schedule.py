@@ -41,16 +41,19 @@ def plan_step(step: int, phases: PhaseSettings, optimizer: OptimizerSettings) ->
     through = (step + 1) / total
     ramp = min(within / phases.skip_ramp_frac, 1.0) if phases.skip_ramp_frac else 1.0
     rise = phases.skip_target - phases.skip_target_start
+    hardened = gated and step >= total - round(phases.harden_frac * (total - observed))
     warm_steps = phases.preview_warmup_frac * total
     return StepPlan(
         step=step,
         phase=Phase.GATED if gated else Phase.OBSERVE,
-        mode=GateMode(phases.gates) if gated else GateMode.DENSE,
+        mode=(GateMode.THRESHOLD if hardened else GateMode(phases.gates))
+        if gated
+        else GateMode.DENSE,
         trains=phases.train_gated if gated else phases.train,
-        tau=_between(phases.tau_start, phases.tau_end, within),
-        gate_temperature=_between(
-            phases.gate_temperature_start, phases.gate_temperature_end, within
-        ),
+        tau=0.5 if hardened else _between(phases.tau_start, phases.tau_end, within),
+        gate_temperature=1.0
+        if hardened
+        else _between(phases.gate_temperature_start, phases.gate_temperature_end, within),
         window_temperature=_between(
             phases.window_temperature_start, phases.window_temperature_end, through
         ),

@@ -11,7 +11,8 @@ PLAIN = "none"
 """The preset of a backbone without FBS modules: plain continual pretraining, the reference."""
 _SHARES = (
     "observe_frac", "skip_ramp_frac", "skip_target", "skip_target_start", "tau_start", "tau_end",
-    "preview_warmup_frac", "decode_start_frac",
+    "preview_warmup_frac", "decode_start_frac", "harden_frac",
+    "dense_rows_frac",
 )  # fmt: skip
 _TEMPERATURES = (
     "window_temperature_start", "window_temperature_end", "gate_temperature_start", "gate_temperature_end",
@@ -127,6 +128,8 @@ class PhaseSettings:
     """Phase 1b trains: all, new, or gates (Skip-Gates and skip path only: the paper's)."""
     gates: str = "sample"
     """How gates act in phase 1b: sample or threshold (both straight-through)."""
+    harden_frac: float = 0.0
+    """Share of phase 1b, at its end, in which gates skip where p >= 1/2 instead, as when they are used."""
     teacher: str = "self"
     """What phase 1b distils from: self (its own dense pass) or phase_1a (frozen copy from its end)."""
     skip_target_start: float = 0.05
@@ -145,6 +148,8 @@ class PhaseSettings:
     """Steps before the boundary head may be trained by CTC."""
     decode_start_frac: float = 0.5
     """Gates act from a start drawn for each sequence, uniform in [0, this share of it)."""
+    dense_rows_frac: float = 0.0
+    """Share of a step's sequences in which no gate acts in phase 1b either: they train the dense pass."""
     gate_start: str = "initial"
     """Gates and adapters at the start of phase 1b: initial, or fitted (closed form, on the first data)."""
 
@@ -206,6 +211,8 @@ class ClusterSettings:
     compile: bool = True
     """On GPUs, run layers and losses through torch.compile."""
     attention: str = "sdpa"
+    document_attention: str = "mask"
+    """Of packed documents on a GPU: mask (dense), or blocks (FlexAttention, which passes over what no token reads)."""
     room_deadline_s: float = 60
     """How long to wait for room for all ranks before trying fewer, or failing."""
     start_deadline_s: float = 600
@@ -256,6 +263,10 @@ class ClusterSettings:
         _refuse_unless(
             self.attention in ("sdpa", "eager"),
             f"cluster.attention is {self.attention!r}; it must be sdpa or eager",
+        )
+        _refuse_unless(
+            self.document_attention in ("mask", "blocks"),
+            f"cluster.document_attention is {self.document_attention!r}; it must be mask or blocks",
         )
 
 

@@ -15,7 +15,7 @@ from fbs_rl.training.batches import MicroBatch
 from fbs_rl.training.schedule import StepPlan
 from fbs_rl.types import LossCounts, LossScope
 
-PARTS = ("lm", "preview", "window", "chunk", "consistency", "gate", "distill")
+PARTS = ("lm", "preview", "window", "chunk", "consistency", "gate", "distill", "imitation")
 
 
 class StepSums:
@@ -82,7 +82,11 @@ class StepSums:
         gated = max(counts.gated, 1)
         if "gate" in values:
             mean_entropy = float(entropy) / (gated * self.layers)
-            penalty = float(rate_penalty(rate_L / gated, None, True, plan.skip_target))
+            penalty = float(
+                rate_penalty(
+                    rate_L / gated, None, True, plan.skip_target, self.config.loss_gate_ceiling
+                )
+            )
             if counts.gated:
                 values["gate"] = penalty - self.config.loss_gate_entropy * mean_entropy
             figures |= {
