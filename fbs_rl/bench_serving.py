@@ -22,9 +22,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -50,6 +49,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Of models with random weights; "tiny" is for trying the command out."""
+
+Channel: TypeAlias = (
+    Any  # one end of a pipe: multiprocessing has a class of its own for each platform
+)
 
 _START_S = 1200.0  # compiling a model for stock vLLM takes minutes on a busy machine
 _ROUND_S = 600.0
@@ -180,7 +183,7 @@ def _random(geometry: str) -> PreTrainedModel:
 def _loaded(name: str) -> PreTrainedModel:
     """A backbone that can be saved: transformers refuses that to one which it read from GGUF."""
     read = load_backbone(ModelSource.parse(name), torch.float32)
-    config = copy.deepcopy(read.config)
+    config: Any = copy.deepcopy(read.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = type(read)(config)
@@ -216,7 +219,7 @@ def _variants(engines: dict[str, Any], batch: int, skips: Sequence[float]) -> li
 
 
 @contextmanager
-def _running(name: str, spec: EngineSpec, threads: int) -> Iterator[Connection]:
+def _running(name: str, spec: EngineSpec, threads: int) -> Iterator[Channel]:
     """The connection to a started engine, which ends with the context."""
     ours, theirs = get_context("spawn").Pipe()
     with _environment({**_SETTLED, "OMP_NUM_THREADS": str(threads)}):
@@ -245,7 +248,7 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _answer(connection: Connection, engine: str, doing: str, limit_s: float) -> Any:
+def _answer(connection: Channel, engine: str, doing: str, limit_s: float) -> Any:
     """What the engine sends next. Raises OSError if that is a failure, or nothing in time."""
     if not connection.poll(limit_s):
         raise OSError(f"the engine {engine} did not {doing} within {limit_s:g} s")
@@ -259,7 +262,7 @@ def _answer(connection: Connection, engine: str, doing: str, limit_s: float) -> 
 
 
 def _take_turns(
-    engines: dict[str, Connection], variants: Sequence[_Variant], batch: int, rounds: int
+    engines: dict[str, Channel], variants: Sequence[_Variant], batch: int, rounds: int
 ) -> dict[str, list[Round]]:
     """The rounds of each variant, after one that is thrown away; every round has another order."""
     found: dict[str, list[Round]] = {variant.name: [] for variant in variants}
@@ -277,9 +280,7 @@ def _take_turns(
 # --- results ------------------------------------------------------------------------------------------
 
 
-def _rows(
-    preset: str, batch: int, rounds: dict[str, list[Round]], config: FBSConfig
-) -> list[Row]:
+def _rows(preset: str, batch: int, rounds: dict[str, list[Round]], config: FBSConfig) -> list[Row]:
     cost = CostModel.of(config)
     plain = cost.head.weights + config.layer_count * cost.layer.weights
     rows: list[Row] = []
@@ -334,7 +335,8 @@ def _say(text: str) -> None:
 
 def _host() -> str:
     load = ", ".join(f"{part:.1f}" for part in os.getloadavg())
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {load}, torch {torch.__version__}"
+    machine = platform.processor() or platform.machine()
+    return f"{machine}, {os.cpu_count()} cores, load {load}, torch {torch.__version__}"
 
 
 def _parser() -> argparse.ArgumentParser:

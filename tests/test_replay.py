@@ -57,6 +57,7 @@ def test_a_replay_finds_the_probabilities_that_the_rollout_had(options: dict[str
             model, ids, torch.ones_like(ids), start, gates="sample", gate_seed=found.seeds[row],
             decode_start=start, never_skip=NEVER,
         )  # fmt: skip
+        assert steps.skip is not None and steps.gate_prob is not None
         assert torch.equal(steps.skip[:, 0, start:].T, torch.from_numpy(trace.skip_TL))
         torch.testing.assert_close(steps.gate_prob[:, 0, start:].T, found_TL, atol=1e-5, rtol=0)
 

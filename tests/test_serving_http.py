@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import os
 import re
 import signal
@@ -87,7 +86,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with found.log.open("w") as log:
         server = subprocess.Popen(
             [str(Path(sys.executable).with_name("vllm")), *command], cwd=root, stdout=log, stderr=log,
-            env=environment(root, scratch), start_new_session=True,
+            env=environment(scratch), start_new_session=True,
         )  # fmt: skip
     try:
         wait_for(lambda: healthy(found, server), START_S, found.log)
@@ -98,7 +97,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert not list(scratch.glob("fbs_stats_*")), "files of counters are left behind"
 
 
-def environment(root: Path, scratch: Path) -> dict[str, str]:
+def environment(scratch: Path) -> dict[str, str]:
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc
@@ -107,15 +106,6 @@ def environment(root: Path, scratch: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(scratch),
     }  # fmt: skip
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        # vllm-cpu's own command asks for the version of a package of another name.
-        version = importlib.metadata.version("vllm-cpu") + "+cpu"
-        alias = root / "alias" / f"vllm-{version}.dist-info"
-        alias.mkdir(parents=True)
-        (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-        settings["PYTHONPATH"] = str(alias.parent)
     return {**os.environ, **settings}
 
 

@@ -62,8 +62,8 @@ class CompactWalk:
             return None
         if plan.asks and layer.opens_block:
             self.prob_N = self.model.gate_probability(layer, normed_Nd, self._motion(), self.glance)
-        asked = self.prob_N is not None and not layer.never_skips
-        self.prob.append(self.prob_N if asked else torch.zeros(len(normed_Nd)))
+        prob_N = None if layer.never_skips else self.prob_N
+        self.prob.append(torch.zeros(len(normed_Nd)) if prob_N is None else prob_N)
         if layer.never_skips:
             return None
         bar_N = plan.bar_LN[layer.index]

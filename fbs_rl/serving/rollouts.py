@@ -46,9 +46,6 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
-# --- the engine ---------------------------------------------------------------------------------------
-
-
 class RolloutEngine:
     """An engine that nobody else uses. version, digest: of its gates. work: of all its rollouts."""
 

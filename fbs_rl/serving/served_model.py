@@ -244,7 +244,9 @@ class FBSForCausalLM(nn.Module):
         missing = sorted(
             name
             for name in targets.keys() - filled
-            if not (tied and name.startswith("lm_head.")) and ".attn." not in name and ".kv_proj." not in name
+            if not (tied and name.startswith("lm_head."))
+            and ".attn." not in name
+            and ".kv_proj." not in name
         )
         if missing:
             raise ValueError(f"the checkpoint lacks {len(missing)} tensors, {missing[0]} first")

@@ -19,6 +19,7 @@ from fbs_rl.types import GateMode
 
 KINDS = list(Structure)
 """Protected tokens are traced as 1 + the place of their kind here."""
+_DRAWN_AHEAD = 64
 
 
 @dataclass(slots=True)
@@ -38,6 +39,8 @@ class Session:
     next_position: int = 0
     reached: int = -1
     protected: list[int] = field(default_factory=list)  # kinds of the columns of the running step
+    _drawn_Ln: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    _drawn_from: int = 0  # position of its first column
 
     @classmethod
     def begin(
@@ -63,9 +66,7 @@ class Session:
         if self.options.mode is GateMode.THRESHOLD:
             bar_Ln[np.ix_(self.free_L, acts_n)] = self.options.tau
         elif self.options.mode is GateMode.SAMPLE:
-            noise_Ln = self._noise(position_n, config)
-            # z = 1[u < p] is z = 1[p >= the next number above u].
-            above_Ln = np.nextafter(noise_Ln, np.float32(2))
+            above_Ln = self._above_noise(int(position_n[0]), len(position_n), config)
             chosen = np.ix_(self.free_L, acts_n)
             bar_Ln[chosen] = above_Ln[chosen]
         return bar_Ln
@@ -76,6 +77,16 @@ class Session:
         self.guard.push([token])
         kind = self.guard.kinds[0].pop()  # the trace keeps them
         return 0 if kind is None else 1 + KINDS.index(kind)
+
+    def _above_noise(self, first: int, count: int, config: FBSConfig) -> np.ndarray:
+        """Bars of sampled gates [L, n]: z = 1[u < p] is z = 1[p >= the next number above u]."""
+        at = first - self._drawn_from
+        if at < 0 or at + count > self._drawn_Ln.shape[1]:
+            # For later tokens too: drawing many costs little more than drawing one.
+            noise_Ln = self._noise(np.arange(first, first + max(count, _DRAWN_AHEAD)), config)
+            self._drawn_Ln, self._drawn_from = np.nextafter(noise_Ln, np.float32(2)), first
+            at = 0
+        return self._drawn_Ln[:, at : at + count]
 
     def _noise(self, position_n: np.ndarray, config: FBSConfig) -> np.ndarray:
         layer_L11 = torch.arange(config.layer_count).view(-1, 1, 1)

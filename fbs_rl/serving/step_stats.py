@@ -12,6 +12,7 @@ import mmap
 import os
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -205,6 +206,8 @@ def _show_beside_several_servers() -> None:
 
 _SEVERAL = "PROMETHEUS_MULTIPROC_DIR"
 _SHARED = "FBS_STATS_FILE"
+_PREFIX = "fbs_stats_"
+_IDLE_S = 3600
 
 
 def engine_file(vllm_config: Any) -> Path:
@@ -216,12 +219,26 @@ def engine_file(vllm_config: Any) -> Path:
     rank = vllm_config.parallel_config._api_process_rank  # -1: of a process that starts API servers
     if vllm_config.parallel_config._api_process_count > 1 and rank >= 0 and _SHARED in os.environ:
         return Path(os.environ[_SHARED])
-    handle, name = tempfile.mkstemp(prefix="fbs_stats_")
+    _sweep(Path(tempfile.gettempdir()))
+    handle, name = tempfile.mkstemp(prefix=f"{_PREFIX}{os.getpid()}_")
     os.close(handle)
     if rank < 0:
         os.environ[_SHARED] = name
     weakref.finalize(vllm_config, _remove, Path(name), os.getpid())
     return Path(name)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left that were killed: no such process, and nothing written for an hour.
+
+    The hour is for processes that share the folder, but not the numbering of processes.
+    """
+    for path in folder.glob(f"{_PREFIX}[0-9]*_*"):
+        owner = path.name.removeprefix(_PREFIX).partition("_")[0]
+        with contextlib.suppress(OSError):
+            idle_s = time.time() - path.stat().st_mtime
+            if idle_s > _IDLE_S and not Path(f"/proc/{owner}").exists():
+                path.unlink()
 
 
 def _remove(path: Path, owner: int) -> None:
