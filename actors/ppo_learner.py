@@ -69,7 +69,12 @@ class PPOLearnerWorker:
         if self.ranks.count > 1:
             self._meet(host, port)
         runtime = self.settings.runtime
-        dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
+        halves = (
+            self.device.type == "cuda"
+            if runtime.precision == "auto"
+            else runtime.precision == "bf16"
+        )
+        dtype = torch.bfloat16 if halves else torch.float32
         loaded = load_model(folder, dtype=dtype)
         self.tokenizer, model = loaded.tokenizer, loaded.model
         model.config._attn_implementation = runtime.attention

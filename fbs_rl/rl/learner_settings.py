@@ -99,8 +99,8 @@ class RuntimeSettings:
 
     device: str = "auto"
     """cpu, cuda or auto (cuda where there is a GPU)."""
-    precision: str = "bf16"
-    """Of the model: bf16 or fp32."""
+    precision: str = "auto"
+    """Of the model: auto (fp32 on CPUs, bf16 on GPUs), bf16 or fp32."""
     attention: str = "sdpa"
     threads: int = 1
     """Torch threads; on CPU, results are equal to the bit only between runs with the same number."""
@@ -112,7 +112,7 @@ class RuntimeSettings:
     def __post_init__(self) -> None:
         choices = {
             "device": ("auto", "cpu", "cuda"),
-            "precision": ("bf16", "fp32"),
+            "precision": ("auto", "bf16", "fp32"),
             "attention": ("sdpa", "eager"),
         }
         for name, allowed in choices.items():
