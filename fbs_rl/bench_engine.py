@@ -24,7 +24,7 @@ _CERTAIN = 50.0  # a logit that the gate's clip makes its own
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """What to serve. rows, context_tokens: the most that a round asks for. options: of vllm.LLM, besides."""
+    """What to serve. rows: the most of a round; prompt_tokens, new_tokens: of each. options: of vllm.LLM, besides."""
 
     folder: str
     dtype: str

@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -101,8 +101,10 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     try:
         batches, skips = _check(arguments)
-        for preset in arguments.presets.split(","):
-            rows += measure(preset, batches, skips, arguments)
+        # Libraries that are imported on the way print to where the results go.
+        with redirect_stdout(sys.stderr):
+            for preset in arguments.presets.split(","):
+                rows += measure(preset, batches, skips, arguments)
     except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
