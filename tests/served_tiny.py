@@ -31,7 +31,7 @@ def make_folder(
         "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": 512,
-        "tie_word_embeddings": family == "llama",
+        "tie_word_embeddings": False,  # a tied one would repeat a token for ever
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
         "pad_token_id": None,
         "bos_token_id": 1,

@@ -85,8 +85,12 @@ def undisturbed(root: Path, ray_cluster: LocalCluster) -> Path:
         "--out",
         str(run),
     ]
-    job = ray_cluster.submit(*command, "--beta", "0.2", "--lam", "0.1")
-    out, _ = job.communicate(timeout=_RUN_S)
+    for _ in range(5):
+        job = ray_cluster.submit(*command, "--beta", "0.2", "--lam", "0.1")
+        out, _ = job.communicate(timeout=_RUN_S)
+        if "No available agent" not in out:  # of a cluster that has only just started
+            break
+        time.sleep(3)
     assert job.returncode == 0, out[-3000:]
     return run
 
