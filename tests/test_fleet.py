@@ -32,6 +32,7 @@ CHUNKS = [make_tasks(3, samples=3, first=10 * i) for i in range(6)]
 
 @pytest.fixture(scope="module")
 def connected(ray_cluster: LocalCluster) -> Iterator[None]:
+    ray.shutdown()  # an earlier module's commands may have left this process connected
     ray.init(ray_cluster.environment["RAY_ADDRESS"], log_to_driver=False)
     yield
     ray.shutdown()

@@ -14,9 +14,13 @@ import yaml
 
 from fbs_rl.config import find_settings, from_tree, load_settings, to_tree
 from fbs_rl.data.prepare_config import PrepareConfig
+from fbs_rl.rl.ppo_settings import PPOSettings
 from fbs_rl.training.settings import BatchSettings, PhaseSettings, PretrainSettings
 
-CLASSES = {"data_default": PrepareConfig}
+CLASSES = {
+    **{f"ppo_{n}": PPOSettings for n in ("default", "paper", "quickstart")},
+    "data_default": PrepareConfig,
+}
 SHIPPED = sorted(path.stem for path in Path(str(files("configs"))).glob("*.yaml"))
 
 

@@ -46,6 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @pytest.fixture(scope="module")
 def fleet(ray_cluster: LocalCluster, model: tuple[Path, Any]) -> Iterator[RolloutFleet]:
+    ray.shutdown()  # an earlier module's commands may have left this process connected
     ray.init(ray_cluster.environment["RAY_ADDRESS"], log_to_driver=False)
     settings = FleetSettings(workers=1, resources=RankResources(1), start_deadline_s=300)
     with RolloutFleet.start("vector", str(model[0]), OPTIONS, settings) as made:
