@@ -24,6 +24,7 @@ from fbs_rl.gate_bundle import GateBundle
 from fbs_rl.rl.rollout import EpisodeRollout, RolloutSettings, RolloutTask
 from fbs_rl.serving.engine_options import EngineOptions
 from fbs_rl.serving.rollout_work import RolloutWork
+from fbs_rl.setting_bounds import require_above_zero, require_not_negative
 
 Say = Callable[[str], None]
 
@@ -52,11 +53,8 @@ class FleetSettings:
 
     def __post_init__(self) -> None:
         limits = ("room_deadline_s", "start_deadline_s", "sync_deadline_s", "chunk_deadline_s")
-        for name in ("workers", "threads", *limits):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.max_replacements < 0:
-            raise ValueError(f"max_replacements is {self.max_replacements}; it cannot be negative")
+        require_above_zero("", self, "workers", "threads", *limits)
+        require_not_negative("", self, "max_replacements")
         if (self.device == "cuda") != (self.resources.gpus > 0):
             raise ValueError(
                 f"the device is {self.device} and each worker takes {self.resources.gpus:g} GPUs; give "

@@ -12,6 +12,12 @@ from fbs_rl.rl.advantages import AdvantageSettings, Baseline
 from fbs_rl.rl.gate_policy import GatePolicy
 from fbs_rl.rl.ppo_loss import PPOLossSettings
 from fbs_rl.rl.reward import RewardSettings
+from fbs_rl.setting_bounds import (
+    require_above_zero,
+    require_choice,
+    require_not_negative,
+    require_share,
+)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -64,11 +70,8 @@ class MismatchLimits:
     """Share of decisions that the same noise would draw differently."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError(f"self_test.tokens is {self.tokens}; it must be above 0")
-        for name in ("logp_max", "kl", "flip_frac"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"self_test.{name} is {getattr(self, name)}; it cannot be negative")  # fmt: skip
+        require_above_zero("self_test", self, "tokens")
+        require_not_negative("self_test", self, "logp_max", "kl", "flip_frac")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +91,7 @@ class CollapseLimits:
                 f"collapse.prob_low is {self.prob_low} and collapse.prob_high {self.prob_high}; "
                 f"give two numbers in [0, 1], the lower first"
             )
-        for name in ("patience", "kl_max"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"collapse.{name} is {getattr(self, name)}; it must be above 0")
+        require_above_zero("collapse", self, "patience", "kl_max")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,14 +116,8 @@ class RuntimeSettings:
             "precision": ("auto", "bf16", "fp32"),
             "attention": ("sdpa", "eager"),
         }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"runtime.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}"
-                )
-        for name in ("threads", "deadline_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"runtime.{name} is {getattr(self, name)}; it must be above 0")
+        require_choice("runtime", self, choices)
+        require_above_zero("runtime", self, "threads", "deadline_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,16 +162,16 @@ class LearnerSettings:
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
 
     def __post_init__(self) -> None:
-        for name in ("updates", "epochs", "minibatches", "micro_tokens", "grad_clip", "temperature_end"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        require_above_zero(
+            "", self, "updates", "epochs", "minibatches", "micro_tokens", "grad_clip", "temperature_end",
+        )  # fmt: skip
         for name in ("lr_gates", "lr_paw", "lr_value"):
             rate = getattr(self, name)
             if not (math.isfinite(rate) and rate >= 0):
                 raise ValueError(f"{name} is {rate}; give 0 or more")
-        for name in ("lr_final_frac", "entropy_final_frac", "temperature_frac", "curriculum_frac"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        require_share(
+            "", self, "lr_final_frac", "entropy_final_frac", "temperature_frac", "curriculum_frac"
+        )
         if self.target_kl is not None and not self.target_kl > 0:
             raise ValueError(
                 f"target_kl is {self.target_kl}; give a number above 0, or null for no early stop"

@@ -9,14 +9,8 @@ from fbs_rl.rl.gate_policy import GatePolicy
 from fbs_rl.rl.learner_settings import LearnerSettings
 from fbs_rl.rl.reward import Sampler
 from fbs_rl.rl.rollout import RolloutSettings
+from fbs_rl.setting_bounds import require_above_zero, require_choice, require_not_negative
 from fbs_rl.training.settings import CheckpointSettings, TrackingSettings
-
-
-def _above_zero(section: str, settings: object, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if not value > 0:
-            raise ValueError(f"{section}.{name} is {value}; it must be above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +31,7 @@ class QuestionSettings:
     max_prompt_tokens: int = 256
 
     def __post_init__(self) -> None:
-        _above_zero("questions", self, "max_prompt_tokens")
+        require_above_zero("questions", self, "max_prompt_tokens")
         if not self.languages:
             raise ValueError("questions.languages is empty; name en, zh or both")
 
@@ -63,7 +57,7 @@ class EpisodeSettings:
     """Of continuation tokens; 0 is greedy."""
 
     def __post_init__(self) -> None:
-        _above_zero("episodes", self, "prompts", "samples", "chunk_prompts")
+        require_above_zero("episodes", self, "prompts", "samples", "chunk_prompts")
         self.rollout(None, ())
 
     def rollout(
@@ -111,22 +105,16 @@ class FleetSettings:
     """Engines lost after which the run stops."""
 
     def __post_init__(self) -> None:
-        _above_zero(
+        require_above_zero(
             "fleet", self, "engines", "cpus_per_engine", "threads_per_engine", "gpus_per_engine",
             "learners", "gpus_per_learner", "max_model_len", "kv_cache_gib", "start_deadline_s", "call_deadline_s",
         )  # fmt: skip
-        for name, allowed in (
-            ("device", ("auto", "cpu", "cuda")),
-            ("precision", ("auto", "fp32", "bf16")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"fleet.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}"
-                )
-        if self.max_replacements < 0:
-            raise ValueError(
-                f"fleet.max_replacements is {self.max_replacements}; it cannot be negative"
-            )
+        require_choice(
+            "fleet",
+            self,
+            {"device": ("auto", "cpu", "cuda"), "precision": ("auto", "fp32", "bf16")},
+        )
+        require_not_negative("fleet", self, "max_replacements")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +127,7 @@ class HeldoutSettings:
     """Episodes shown as text with what each token skipped."""
 
     def __post_init__(self) -> None:
-        _above_zero("evaluation", self, "every_steps", "questions")
+        require_above_zero("evaluation", self, "every_steps", "questions")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

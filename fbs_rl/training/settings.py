@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fbs_rl.model.configuration import PRESETS, FBSConfig
+from fbs_rl.setting_bounds import (
+    require_above_zero,
+    require_choice,
+    require_not_negative,
+    require_share,
+)
 
 PLAIN = "none"
 """The preset of a backbone without FBS modules: plain continual pretraining, the reference."""
@@ -58,11 +64,7 @@ class BatchSettings:
     """Sequences that a rank runs at once."""
 
     def __post_init__(self) -> None:
-        for name in ("step_sequences", "micro_sequences"):
-            _refuse_unless(
-                getattr(self, name) > 0,
-                f"batch.{name} is {getattr(self, name)}; it must be above 0",
-            )
+        require_above_zero("batch", self, "step_sequences", "micro_sequences")
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches of a rank in a step; ValueError if the step cannot be cut so."""
@@ -93,26 +95,14 @@ class OptimizerSettings:
     lr_final_frac: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("clip_norm", "epsilon"):
-            _refuse_unless(
-                getattr(self, name) > 0,
-                f"optimizer.{name} is {getattr(self, name)}; it must be above 0",
-            )
+        require_above_zero("optimizer", self, "clip_norm", "epsilon")
         for name in ("beta1", "beta2"):
             _refuse_unless(
                 0 <= getattr(self, name) < 1,
                 f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1)",
             )
-        for name in ("lr_backbone", "lr_new", "lr_gate", "weight_decay"):
-            _refuse_unless(
-                getattr(self, name) >= 0,
-                f"optimizer.{name} is {getattr(self, name)}; it cannot be negative",
-            )
-        for name in ("warmup_frac", "lr_final_frac"):
-            _refuse_unless(
-                0 <= getattr(self, name) <= 1,
-                f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1]",
-            )
+        require_not_negative("optimizer", self, "lr_backbone", "lr_new", "lr_gate", "weight_decay")
+        require_share("optimizer", self, "warmup_frac", "lr_final_frac")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,11 +144,8 @@ class PhaseSettings:
     """Gates and adapters at the start of phase 1b: initial, or fitted (closed form, on the first data)."""
 
     def __post_init__(self) -> None:
-        _refuse_unless(self.steps > 0, f"phases.steps is {self.steps}; it must be above 0")
-        _refuse_unless(
-            self.cross_entropy_steps >= 0,
-            f"phases.cross_entropy_steps is {self.cross_entropy_steps}; it cannot be negative",
-        )
+        require_above_zero("phases", self, "steps")
+        require_not_negative("phases", self, "cross_entropy_steps")
         choices = {
             "train": ("all", "new"),
             "train_gated": ("all", "new", "gates"),
@@ -166,18 +153,9 @@ class PhaseSettings:
             "teacher": ("self", "phase_1a"),
             "gate_start": ("initial", "fitted"),
         }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            _refuse_unless(
-                value in allowed,
-                f"phases.{name} is {value!r}; it must be one of {', '.join(allowed)}",
-            )
-        for name in _SHARES:
-            value = getattr(self, name)
-            _refuse_unless(0 <= value <= 1, f"phases.{name} is {value}; it must lie in [0, 1]")
-        for name in _TEMPERATURES:
-            value = getattr(self, name)
-            _refuse_unless(value > 0, f"phases.{name} is {value}; it must be above 0")
+        require_choice("phases", self, choices)
+        require_share("phases", self, *_SHARES)
+        require_above_zero("phases", self, *_TEMPERATURES)
 
     @property
     def observed_steps(self) -> int:
@@ -226,18 +204,11 @@ class ClusterSettings:
         return self.compile and self.zero_stage < 3
 
     def __post_init__(self) -> None:
-        for name in (
-            "ranks", "cpus_per_rank", "threads_per_rank", "room_deadline_s", "start_deadline_s", "step_deadline_s",
-            "save_deadline_s",
-        ):  # fmt: skip
-            _refuse_unless(
-                getattr(self, name) > 0,
-                f"cluster.{name} is {getattr(self, name)}; it must be above 0",
-            )
-        _refuse_unless(
-            self.max_restarts >= 0,
-            f"cluster.max_restarts is {self.max_restarts}; it cannot be negative",
-        )
+        require_above_zero(
+            "cluster", self, "ranks", "cpus_per_rank", "threads_per_rank", "room_deadline_s", "start_deadline_s",
+            "step_deadline_s", "save_deadline_s",
+        )  # fmt: skip
+        require_not_negative("cluster", self, "max_restarts")
         _refuse_unless(
             self.min_ranks is None or 0 < self.min_ranks <= self.ranks,
             f"cluster.min_ranks is {self.min_ranks}; it must lie between 1 and cluster.ranks ({self.ranks})",
@@ -279,11 +250,7 @@ class CheckpointSettings:
     """Also keep those of steps divisible by this."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep", "keep_every_steps"):
-            value = getattr(self, name)
-            _refuse_unless(
-                value is None or value > 0, f"checkpoint.{name} is {value}; it must be above 0"
-            )
+        require_above_zero("checkpoint", self, "every_steps", "keep", "keep_every_steps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,16 +265,8 @@ class EvaluationSettings:
     sample_tokens: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "sequences", "calibration_sequences"):
-            _refuse_unless(
-                getattr(self, name) > 0,
-                f"evaluation.{name} is {getattr(self, name)}; it must be above 0",
-            )
-        for name in ("sample_prompts", "sample_tokens"):
-            _refuse_unless(
-                getattr(self, name) >= 0,
-                f"evaluation.{name} is {getattr(self, name)}; it cannot be negative",
-            )
+        require_above_zero("evaluation", self, "every_steps", "sequences", "calibration_sequences")
+        require_not_negative("evaluation", self, "sample_prompts", "sample_tokens")
         _refuse_unless(
             all(0 < r < 1 for r in self.skip_ratios),
             f"evaluation.skip_ratios is {self.skip_ratios}; each must lie between 0 and 1",
@@ -326,10 +285,7 @@ class TrackingSettings:
             self.wandb in ("auto", "offline", "off"),
             f"tracking.wandb is {self.wandb!r}; it must be auto, offline or off",
         )
-        _refuse_unless(
-            self.log_every_steps > 0,
-            f"tracking.log_every_steps is {self.log_every_steps}; it must be above 0",
-        )
+        require_above_zero("tracking", self, "log_every_steps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,10 +305,7 @@ class PretrainSettings:
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
 
     def __post_init__(self) -> None:
-        _refuse_unless(
-            self.max_bad_steps >= 0,
-            f"max_bad_steps is {self.max_bad_steps}; it cannot be negative",
-        )
+        require_not_negative("", self, "max_bad_steps")
         self.batch.accumulation(self.cluster.ranks)
         gated = self.model.fbs_config().gate
         if not gated and self.phases.observed_steps < self.phases.steps:
