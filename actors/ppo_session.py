@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 
-from actors.cluster import connect
 from actors.fleet import FleetSettings, RolloutFleet
 from actors.gang import Gang, RankResources
 from actors.ppo_learner import PPOLearnerWorker
@@ -131,7 +130,7 @@ def end_tokens(config: FBSConfig, tokenizer: Any) -> tuple[int, ...]:
 
 @contextmanager
 def open_session(request: Request, store: CheckpointStore, say: Say) -> Iterator[PPOSession]:
-    """A session from the newest whole checkpoint, or from step 0; its actors are killed on leaving.
+    """A session on the connected cluster, from the newest whole checkpoint or from step 0; leaving it kills its actors.
 
     Raises GangFailure if they could not be started within the deadlines.
     """
@@ -141,8 +140,6 @@ def open_session(request: Request, store: CheckpointStore, say: Say) -> Iterator
         folder = str(make_start(settings, run / "start", say))
     checkpoint = store.newest(say)
     fleet_settings = settings.fleet
-    engines, learners = fleet_settings.engines, fleet_settings.learners
-    connect(engines * fleet_settings.cpus_per_engine + learners)
     device = _device(settings)
     gang = _gather(settings, run.name, device)
     try:
@@ -152,7 +149,7 @@ def open_session(request: Request, store: CheckpointStore, say: Say) -> Iterator
             "start", folder, resume, host, port, deadline_s=fleet_settings.start_deadline_s
         )[0]
         trained = f"{facts['trained_parameters']:,} parameters train"
-        say(f"learner on {facts['device']}, {trained}; starting {engines} engines")
+        say(f"learner on {facts['device']}, {trained}; starting {fleet_settings.engines} engines")
         with RolloutFleet.start(
             run.name, folder, _engine_options(settings, device), _fleet(settings, device), say
         ) as fleet:

@@ -6,19 +6,19 @@ ray job submit --working-dir . -- python -m fbs_rl.ppo --beta 0.1 --lam 0.1 --se
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fbs_rl.interruption import Interruption
 from fbs_rl.ppo_options import Request, describe, read_request, settings_tree
 from fbs_rl.rl.ppo_settings import PPOSettings
 from fbs_rl.rl.run_plots import draw_run
 from fbs_rl.run_folder import RunFolder
 from fbs_rl.tracking import Tracker, start_tracker
+from fbs_rl.training.bad_steps import BadSteps
 from fbs_rl.training.console import StepConsole
 from fbs_rl.training.step_checkpoint import CheckpointStore
 
@@ -33,10 +33,11 @@ class Stage2:
     request: Request
     tracker: Tracker
     console: StepConsole
+    bad_steps: BadSteps
+    interruption: Interruption = dataclasses.field(default_factory=Interruption)
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
     first_figures: dict[str, Any] = dataclasses.field(default_factory=dict)
     tau: float | None = None
-    interrupted: bool = False
 
     @property
     def settings(self) -> PPOSettings:
@@ -53,12 +54,20 @@ class Stage2:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run beside the learner."""
         return {
+            "bad_steps": self.bad_steps.count,
             "wandb_id": self.tracker.id,
             "pool": self.request.plan.pool.digest,
             "settings": settings_tree(self.settings),
             "figures": self.figures,
             "first_figures": self.first_figures,
         }
+
+    def take_up(self, session: PPOSession) -> None:
+        """Count on from where the session's checkpoint stood."""
+        self.bad_steps.take_up(session.state.get("bad_steps", 0), session.step)
+        self.figures = session.state.get("figures", {})
+        self.first_figures = session.state.get("first_figures", {})
+        self.console.begin(session.step)
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         record = {"train/step": step, **record}
@@ -76,11 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if request.dry:
         print(describe(request))
         return 0
+    return _run(request)
+
+
+def _run(request: Request) -> int:
+    from actors.cluster import connect
+
     stage, began = _open(request), time.monotonic()
     stage.console.say(describe(request))
     done, reason = 0, ""
     try:
-        with _interruptible(stage):
+        connect(request.settings.fleet.cpus)
+        with stage.interruption.awaited():
             done = train(stage)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error)
@@ -91,33 +107,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(stage: Stage2) -> int:
-    """Rollouts, rewards, one update of the gates, and the gates back to the engines, step by step; the steps done."""
+    """All steps, with evaluations and checkpoints between them, then the calibrated model; the steps done."""
     from actors.ppo_session import open_session
 
     request, total = stage.request, stage.settings.steps
     with open_session(request, stage.store, stage.console.say) as session:
-        stage.console.begin(session.step)
-        stage.figures = session.state.get("figures", {})
-        stage.first_figures = session.state.get("first_figures", {})
+        stage.take_up(session)
         if session.step == 0:
             evaluate(stage, session, 0)
         for step in range(session.step, total):
-            began = time.monotonic()
-            episodes = session.roll(step)
-            record = session.update(step, episodes)
-            record |= session.sync(step + 1) | {"perf/step_s": time.monotonic() - began}
-            stage.log(step + 1, record)
-            stage.console.step(step, _step_line(record))
-            last = step + 1 == total or stage.interrupted
+            sound = take_step(stage, session, step)
+            last = step + 1 == total
             if last or (step + 1) % stage.settings.evaluation.every_steps == 0:
                 evaluate(stage, session, step + 1)
-            if last or (step + 1) % stage.settings.checkpoint.every_steps == 0:
+            stops = (
+                stage.interruption.asked
+            )  # looked at once: a signal that comes later waits a step
+            due = stops or (step + 1) % stage.settings.checkpoint.every_steps == 0
+            if last or (due and sound):
                 session.save(stage.store, step + 1, stage.state())
-            if stage.interrupted:
+            if stops and not last:
                 return step + 1
         calibrate(stage, session)
         session.export(stage.run.path / "final", stage.tau)
     return total
+
+
+def take_step(stage: Stage2, session: PPOSession, step: int) -> bool:
+    """Rollouts, rewards, one update of the gates, and the gates back to the engines; False if a part was not finite."""
+    began = time.monotonic()
+    episodes = session.roll(step)
+    record = session.update(step, episodes)
+    record |= session.sync(step + 1) | {"perf/step_s": time.monotonic() - began}
+    stage.log(step + 1, record)
+    stage.console.step(step, _step_line(record))
+    bad = record["train/bad_steps"]
+    if bad:
+        stage.console.say(
+            f"step {step + 1}: loss or gradient of {bad} of {bad + record['train/optimizer_steps']} optimizer steps "
+            f"is not finite; they were not applied"
+        )
+    stage.bad_steps.note(step, not bad)
+    return not bad
 
 
 def evaluate(stage: Stage2, session: PPOSession, step: int) -> None:
@@ -153,21 +184,8 @@ def _open(request: Request) -> Stage2:
     known = None if request.state is None else request.state["wandb_id"]
     tracking = settings.tracking
     tracker = start_tracker(tracking.wandb, tracking.project, run.path, tree, known)
-    return Stage2(request, tracker, StepConsole(settings.steps, tracking.log_every_steps))
-
-
-@contextlib.contextmanager
-def _interruptible(stage: Stage2) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run after the step being taken, with a checkpoint."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in signals]
-    for number in signals:
-        signal.signal(number, lambda *_: setattr(stage, "interrupted", True))
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
+    console = StepConsole(settings.steps, tracking.log_every_steps)
+    return Stage2(request, tracker, console, BadSteps(settings.max_bad_steps))
 
 
 def _close(stage: Stage2, done: int, reason: str, seconds: float) -> int:
@@ -176,7 +194,8 @@ def _close(stage: Stage2, done: int, reason: str, seconds: float) -> int:
         {
             "steps_asked": stage.settings.steps,
             "steps_done": done,
-            "stopped_because": reason or ("interrupted" if stage.interrupted else None),
+            "stopped_because": reason or ("interrupted" if stage.interruption.asked else None),
+            "bad_steps": stage.bad_steps.count,
             "seconds": round(seconds, 1),
             "tau": stage.tau,
             "before": stage.first_figures,
@@ -188,9 +207,12 @@ def _close(stage: Stage2, done: int, reason: str, seconds: float) -> int:
         stage.console.say(_result(stage))
         return 0
     why = reason or "it was interrupted"
-    kept = f"go on with --resume {stage.run.path}" if stage.store.steps() else "there is no checkpoint yet"  # fmt: skip
-    print(f"ppo: stopped after {done} of {stage.settings.steps} steps: {why}; {kept}", file=sys.stderr)  # fmt: skip
-    return 130 if stage.interrupted else 1
+    print(
+        f"ppo: stopped after {done} of {stage.settings.steps} steps: {why}; {stage.bad_steps.kept(stage.store)}; "
+        f"go on with --resume {stage.run.path}",
+        file=sys.stderr,
+    )
+    return 130 if stage.interruption.asked else 1
 
 
 def _step_line(record: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from fbs_rl.rl.start_folder import check_start
 from fbs_rl.run_folder import RunFolder
 from fbs_rl.training.step_checkpoint import CheckpointStore
 
-_FREE_ON_RESUME = ("fleet", "checkpoint", "evaluation", "tracking")
+_FREE_ON_RESUME = ("fleet", "checkpoint", "evaluation", "tracking", "max_bad_steps")
 _SHORT = {
     "beta": "learner.reward.beta",
     "lam": "learner.reward.lam",

@@ -7,18 +7,18 @@ ray job submit --working-dir . -- python -m fbs_rl.pretrain --data DATA --set cl
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fbs_rl.config import to_tree
+from fbs_rl.interruption import Interruption
 from fbs_rl.pretrain_options import Request, read_request
 from fbs_rl.run_folder import RunFolder
 from fbs_rl.tracking import Tracker, start_tracker
+from fbs_rl.training.bad_steps import BadSteps
 from fbs_rl.training.console import StepConsole
 from fbs_rl.training.plan_report import plan_table
 from fbs_rl.training.settings import PretrainSettings
@@ -36,8 +36,8 @@ class Stopped(RuntimeError):
 class Training:
     """One run: what it was asked, where it writes, what it has counted.
 
-    restarts: gangs lost. failures: those since the last new checkpoint. sound_step: the last step whose loss
-    was finite, so the weights it began with were. lost_at: when the last gang was lost, until a step is done.
+    restarts: gangs lost. failures: those since the last new checkpoint. lost_at: when the last gang was lost,
+    until a step is done.
     """
 
     settings: PretrainSettings
@@ -45,15 +45,14 @@ class Training:
     tracker: Tracker
     console: StepConsole
     data_digest: str
+    bad_steps: BadSteps
+    interruption: Interruption = dataclasses.field(default_factory=Interruption)
     restarts: int = 0
     failures: int = 0
-    bad_steps: int = 0
-    sound_step: int = 0
     tokens: float = 0.0
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     device: str | None = None
     lost_at: float | None = None
-    interrupted: bool = False
 
     @property
     def store(self) -> CheckpointStore:
@@ -62,7 +61,7 @@ class Training:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run beside the engines."""
         return {
-            "bad_steps": self.bad_steps,
+            "bad_steps": self.bad_steps.count,
             "tokens": self.tokens,
             "figures": self.figures,
             "wandb_id": self.tracker.id,
@@ -72,10 +71,9 @@ class Training:
 
     def take_up(self, session: PretrainSession) -> None:
         """Count on from where the session's checkpoint stood."""
-        self.bad_steps = session.state.get("bad_steps", 0)
+        self.bad_steps.take_up(session.state.get("bad_steps", 0), session.step)
         self.tokens = session.state.get("tokens", 0.0)
         self.figures = session.state.get("figures", {})
-        self.sound_step = max(session.step - 1, 0)
         self.device = session.facts["device"]
         self.console.begin(session.step)
 
@@ -108,9 +106,7 @@ def _run(request: Request, plan: str) -> int:
     try:
         cluster = training.settings.cluster
         connect(cluster.ranks * cluster.cpus_per_rank)
-        with _interruptible(
-            training
-        ):  # after connect(): Ray installs a SIGTERM handler that exits at once
+        with training.interruption.awaited():
             done = train(training)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error)
@@ -128,7 +124,7 @@ def _run(request: Request, plan: str) -> int:
         )
         return 0
     print(_farewell(training, done, reason), file=sys.stderr)
-    return 130 if training.interrupted else 1
+    return 130 if training.interruption.asked else 1
 
 
 def train(training: Training) -> int:
@@ -147,7 +143,7 @@ def train(training: Training) -> int:
                 say(session.description)
                 training.run.log({"train/step": session.step, **session.record})
                 done = advance(training, session)
-            if done >= total or training.interrupted:
+            if done >= total or training.interruption.asked:
                 return done
         except GangFailure as failure:
             if isinstance(failure, NoRoom) and not started:
@@ -173,10 +169,13 @@ def advance(training: Training, session: PretrainSession) -> int:
         last = step + 1 == phases.steps
         if last or (step + 1) % settings.evaluation.every_steps == 0:
             evaluate(training, session, step + 1)
-        due = (step + 1) % settings.checkpoint.every_steps == 0 or training.interrupted
+        stops = (
+            training.interruption.asked
+        )  # looked at once: a signal that comes later waits a step
+        due = stops or (step + 1) % settings.checkpoint.every_steps == 0
         if last or (due and sound):
             session.save(training.store, step + 1, training.state())
-        if training.interrupted or (due and not last and session.can_grow):
+        if not last and (stops or (due and session.can_grow)):
             return step + 1
     session.export(training.run.path / "final", _deployed_tau(training))
     return phases.steps
@@ -187,22 +186,19 @@ def take_step(training: Training, session: PretrainSession, step: int) -> bool:
     record = session.run_step(step)
     training.tokens += record["train/tokens"]
     sound = record["train/applied"] and record["train/finite"]
-    training.bad_steps += not sound
-    record |= {"train/total_tokens": training.tokens, "train/bad_steps": training.bad_steps}
+    bad = training.bad_steps.count + (not sound)
+    record |= {"train/total_tokens": training.tokens, "train/bad_steps": bad}
     if training.lost_at is not None:
         record["run/restart_s"] = time.monotonic() - training.lost_at
         training.lost_at = None
     training.log(step + 1, record)
     training.console.step(step, _step_line(record), record["train/phase"])
-    if sound:
-        training.sound_step = step
-        return True
-    training.console.say(
-        f"step {step + 1}: loss or gradient is not finite; the step was not applied"
-    )
-    if training.bad_steps > training.settings.max_bad_steps:
-        raise Stopped(f"{training.bad_steps} steps had a loss or gradient that is not finite")
-    return False
+    if not sound:
+        training.console.say(
+            f"step {step + 1}: loss or gradient is not finite; the step was not applied"
+        )
+    training.bad_steps.note(step, sound)
+    return sound
 
 
 def evaluate(training: Training, session: PretrainSession, step: int) -> None:
@@ -234,21 +230,8 @@ def _open(request: Request) -> Training:
         None if request.state is None else request.state["wandb_id"],
     )
     console = StepConsole(settings.phases.steps, settings.tracking.log_every_steps)
-    return Training(settings, run, tracker, console, request.rows.digest)
-
-
-@contextlib.contextmanager
-def _interruptible(training: Training) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run after the step being taken, with a checkpoint."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in signals]
-    for number in signals:
-        signal.signal(number, lambda *_: setattr(training, "interrupted", True))
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
+    bad_steps = BadSteps(settings.max_bad_steps)
+    return Training(settings, run, tracker, console, request.rows.digest, bad_steps)
 
 
 def _count_failure(training: Training, newest_before: int, failure: Exception) -> None:
@@ -258,7 +241,7 @@ def _count_failure(training: Training, newest_before: int, failure: Exception) -
     advanced = max(training.store.steps(), default=0) > newest_before
     training.failures = 1 if advanced else training.failures + 1
     training.restarts += 1
-    if training.interrupted or training.failures > training.settings.cluster.max_restarts:
+    if training.interruption.asked or training.failures > training.settings.cluster.max_restarts:
         raise Stopped(str(failure)) from failure
 
 
@@ -298,17 +281,11 @@ def _heldout_line(step: int, figures: dict[str, float]) -> str:
 
 def _farewell(training: Training, done: int, reason: str) -> str:
     """Why the run ended early, and how to go on."""
-    steps, kept = training.store.steps(), "there is no checkpoint yet"
-    if training.bad_steps:
-        # The weights of a checkpoint are known to be sound once they gave a finite loss.
-        steps, kept = (
-            [s for s in steps if s <= training.sound_step],
-            "no checkpoint is known to be good",
-        )
-    if steps:
-        kept = f"the last good checkpoint is {training.store.root}/step_{steps[-1]}"
     total, why = training.settings.phases.steps, reason or "it was interrupted"
-    return f"pretrain: stopped after {done} of {total} steps: {why}; {kept}; go on with --resume {training.run.path}"
+    return (
+        f"pretrain: stopped after {done} of {total} steps: {why}; {training.bad_steps.kept(training.store)}; "
+        f"go on with --resume {training.run.path}"
+    )
 
 
 def _summary(training: Training, done: int, seconds: float, reason: str) -> dict[str, Any]:
@@ -316,9 +293,9 @@ def _summary(training: Training, done: int, seconds: float, reason: str) -> dict
     return {
         "steps_asked": training.settings.phases.steps,
         "steps_done": done,
-        "stopped_because": reason or ("interrupted" if training.interrupted else None),
+        "stopped_because": reason or ("interrupted" if training.interruption.asked else None),
         "tokens": training.tokens,
-        "bad_steps": training.bad_steps,
+        "bad_steps": training.bad_steps.count,
         "restarts": training.restarts,
         "seconds": round(seconds, 1),
         "device": training.device,

@@ -19,6 +19,7 @@ import yaml
 from fbs_rl.checkpoint import load_model
 from fbs_rl.ppo import main
 from fbs_rl.ppo_options import read_request
+from fbs_rl.training.step_checkpoint import CheckpointStore
 from tests.ray_cluster import LocalCluster
 from tests.served_tiny import make_folder
 from tests.small_tokenizer import saveable_tokenizer
@@ -141,6 +142,48 @@ def test_killed_engine_and_killed_driver_change_no_number(
     assert sum(row.get("rollout/replacements", 0) for row in rows) == 1
     assert metrics_of(run) == metrics_of(undisturbed)
     assert heldout_of(run)[-1] == heldout_of(undisturbed)[-1]
+
+
+def test_steps_that_are_not_finite_stop_the_run(root: Path, ray_cluster: LocalCluster) -> None:
+    """A learning rate that throws the gates out of range in the first update; exit code 1, no checkpoint is trusted."""
+    run, words = root / "wild", ("lr_gates=1e37", "collapse.kl_max=1e30", "collapse.patience=99")
+    given = ["--config", str(root / "run.yaml"), "--out", str(run), "--set", "max_bad_steps=1"]
+    for word in words:
+        given += ["--set", f"learner.{word}"]
+    driver = ray_cluster.command(*given, module="fbs_rl.ppo")
+    out, _ = driver.communicate(timeout=_RUN_S)
+    assert driver.returncode == 1, out[-3000:]
+    bad = {step: record["train/bad_steps"] for step, record in metrics_of(run).items()}
+    assert bad == {
+        1: 3,
+        2: 4,
+    }  # two epochs of two minibatches; the very first step is what breaks the gates
+    assert "step 2: loss or gradient of 4 of 4 optimizer steps is not finite" in out
+    assert (
+        "ppo: stopped after 0 of 6 steps: 2 steps had a loss or gradient that is not finite" in out
+    )
+    assert "there is no checkpoint" in out or "no checkpoint is known to be good" in out
+    assert json.loads((run / "summary.json").read_text())["bad_steps"] == 2
+
+
+def test_a_terminated_run_without_a_cluster_ends_after_its_step(root: Path) -> None:
+    """Ray's own cluster comes with a SIGTERM handler that exits at once; the run's must be the later one."""
+    run = root / "terminated"
+    environment = {n: v for n, v in os.environ.items() if n != "RAY_ADDRESS"}
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "fbs_rl.ppo", "--config", str(root / "run.yaml"), "--out", str(run)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    _until(lambda: _steps(run) >= 1, driver)
+    driver.send_signal(signal.SIGTERM)
+    out, _ = driver.communicate(timeout=_RUN_S)
+    assert driver.returncode == 130, out[-3000:]
+    stopped = max(CheckpointStore(run / "checkpoints").steps())
+    assert stopped == max(metrics_of(run)) < STEPS
+    assert (
+        f"the last good checkpoint is {run}/checkpoints/step_{stopped}; go on with --resume" in out
+    )
+    assert json.loads((run / "summary.json").read_text())["stopped_because"] == "interrupted"
 
 
 def _steps(run: Path) -> int:

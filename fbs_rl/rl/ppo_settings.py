@@ -104,6 +104,11 @@ class FleetSettings:
     max_replacements: int = 3
     """Engines lost after which the run stops."""
 
+    @property
+    def cpus(self) -> float:
+        """What the engines and the learner take of the cluster together."""
+        return self.engines * self.cpus_per_engine + self.learners
+
     def __post_init__(self) -> None:
         require_above_zero(
             "fleet", self, "engines", "cpus_per_engine", "threads_per_engine", "gpus_per_engine",
@@ -140,6 +145,8 @@ class PPOSettings:
     seed: int = 0
     start_skip: float = 0.2
     """Share of layers that the gates of a backbone skip at the start."""
+    max_bad_steps: int = 5
+    """Steps with a loss or gradient that is not finite after which the run stops."""
     questions: QuestionSettings = field(default_factory=QuestionSettings)
     episodes: EpisodeSettings = field(default_factory=EpisodeSettings)
     learner: LearnerSettings = field(default_factory=LearnerSettings)
@@ -156,6 +163,7 @@ class PPOSettings:
         return self.learner.updates
 
     def __post_init__(self) -> None:
+        require_not_negative("", self, "max_bad_steps")
         if not 0 < self.start_skip < 1:
             raise ValueError(f"start_skip is {self.start_skip}; it must lie between 0 and 1")
         longest = self.questions.max_prompt_tokens + self.episodes.max_new_tokens
