@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -28,6 +28,7 @@ from envs.entropy_agent import EntropyAgent
 from envs.rollout import AgentRow, EpisodeRecord, compare_agents
 from envs.settings import EnvSettings
 from fbs_rl.checkpoint import load_model
+from fbs_rl.option_parser import OptionParser
 from fbs_rl.rl.question_pool import QuestionPool, default_pool
 from fbs_rl.rl.reward import QualityTokens, RewardSettings
 from fbs_rl.types import GateMode
@@ -89,13 +90,8 @@ class AgentSpec:
         return EntropyAgent.fit(env, fit_questions, spread_layers(env, ratio), name=name)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists all options")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="python -m envs.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

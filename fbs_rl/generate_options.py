@@ -6,9 +6,9 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 from fbs_rl.decode.safety import VALIDATORS, critical_layers
+from fbs_rl.option_parser import OptionParser
 
 _SEEDS = 2**63
 """Seeds are int64 in the gates' noise."""
@@ -39,14 +39,9 @@ class NeverSkip:
             raise ValueError(f"--never-skip: {error}") from error
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists all options")
-
-
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ValueError, in one sentence, if it cannot work whatever the model."""
-    parser = _Parser(
+    parser = OptionParser(
         prog="python -m fbs_rl.generate",
         description="Continue a prompt, each token shaded by how many layers it skipped.",
         allow_abbrev=False,

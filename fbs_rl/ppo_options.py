@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fbs_rl.checkpoint import load_tokenizer
 from fbs_rl.config import load_settings, to_tree
 from fbs_rl.model.backbone import ModelSource
 from fbs_rl.model.configuration import FBSConfig
+from fbs_rl.option_parser import OptionParser
 from fbs_rl.rl.ppo_settings import PPOSettings
 from fbs_rl.rl.question_pool import PoolConfig, QuestionPool, build_pool, default_pool
 from fbs_rl.rl.rollout_plan import RolloutPlan
 from fbs_rl.rl.start_folder import check_start
 from fbs_rl.run_folder import RunFolder
+from fbs_rl.run_options import Resumption, check_device, run_parser
 from fbs_rl.training.step_checkpoint import CheckpointStore
 
-_FREE_ON_RESUME = ("fleet", "checkpoint", "evaluation", "tracking", "max_bad_steps")
+_RESUMPTION = Resumption(free=("fleet", "checkpoint", "evaluation", "tracking", "max_bad_steps"))
 _SHORT = {
     "beta": "learner.reward.beta",
     "lam": "learner.reward.lam",
@@ -53,18 +52,27 @@ def read_request(argv: Sequence[str] | None, description: str) -> Request:
     else:
         settings = load_settings(PPOSettings, options.config, _overrides(options))
         run = RunFolder.plan("ppo", options.out)
-    _check_device(settings)
+    check_device("fleet.device", settings.fleet.device)
     config = check_start(settings)
     tokenizer = load_tokenizer(ModelSource.parse(settings.model), config.vocab_size)
     plan = make_plan(settings, tokenizer)
     state = CheckpointStore(run.path / "checkpoints").newest_state() if options.resume else None
-    if state is not None and state["pool"] != plan.pool.digest:
-        raise ValueError(
-            f"the questions are others than {run.path} was trained on so far; restore them or start a new run"
-        )
+    if state is not None:
+        _check_same_run(run, state, settings, plan)
     return Request(
         settings, run, bool(options.resume), options.dry_run, config, plan, tokenizer, state
     )
+
+
+def _check_same_run(
+    run: RunFolder, state: dict[str, Any], settings: PPOSettings, plan: RolloutPlan
+) -> None:
+    """ValueError if the run's settings or questions are not those its checkpoints were made with."""
+    _RESUMPTION.check_unchanged(run.path, state["settings"], settings_tree(settings))
+    if state["pool"] != plan.pool.digest:
+        raise ValueError(
+            f"the questions are others than {run.path} was trained on so far; restore them or start a new run"
+        )
 
 
 def make_plan(settings: PPOSettings, tokenizer: Any) -> RolloutPlan:
@@ -128,22 +136,8 @@ def _resumed(options: argparse.Namespace) -> tuple[PPOSettings, RunFolder]:
     if named:
         raise ValueError(f"--resume goes on with the run's own settings; leave --{named[0]} away")
     run = RunFolder.existing(options.resume)
-    for override in options.set:
-        if override.split("=")[0].split(".")[0] not in _FREE_ON_RESUME:
-            raise ValueError(
-                f"{override} cannot change in the middle of a run; only {', '.join(_FREE_ON_RESUME)} can; "
-                f"start a new run for it"
-            )
+    _RESUMPTION.check_overrides(options.set)
     return load_settings(PPOSettings, str(run.path / "config.yaml"), _overrides(options)), run
-
-
-def _check_device(settings: PPOSettings) -> None:
-    here = not os.environ.get("RAY_ADDRESS")
-    if here and settings.fleet.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "fleet.device is cuda, but torch finds no CUDA device on this machine; set it to cpu, or submit "
-            "the command to a Ray cluster that has GPUs"
-        )
 
 
 def describe(request: Request) -> str:
@@ -179,21 +173,11 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, str) else value
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fbs_rl.ppo", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )  # fmt: skip
+def _parser(description: str) -> OptionParser:
+    parser = run_parser("ppo", description, "episodes.samples=8")
     parser.add_argument("--beta", type=float, help="weight of saved compute in the reward (0.1)")
     parser.add_argument("--lam", type=float, help="weight of the NLL increase in the reward (0.1)")
-    parser.add_argument(
-        "--model", help="FBS folder, or a backbone to be given gates (smollm2-135m)"
-    )
+    model = "FBS folder, or a backbone to be given gates (smollm2-135m)"
+    parser.add_argument("--model", help=model)
     parser.add_argument("--steps", type=int, help="updates")
-    parser.add_argument("--config", help="YAML file, or the name of a shipped one (configs/)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="as in episodes.samples=8"
-    )
-    parser.add_argument("--out", help="run folder (default runs/ppo-<time>)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--dry-run", action="store_true", help="print what the run would take and stop")  # fmt: skip
     return parser

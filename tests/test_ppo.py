@@ -18,7 +18,7 @@ import yaml
 
 from fbs_rl.checkpoint import load_model
 from fbs_rl.ppo import main
-from fbs_rl.ppo_options import read_request
+from fbs_rl.ppo_options import read_request, settings_tree
 from fbs_rl.training.step_checkpoint import CheckpointStore
 from tests.ray_cluster import LocalCluster
 from tests.served_tiny import make_folder
@@ -223,6 +223,10 @@ def _engine_pids() -> list[int]:
         (["--set", "questions.sources=[nowhere.jsonl]"], "nowhere.jsonl"),
         (["--model", "/no/such/folder"], "/no/such/folder"),
         (["--beta", "nan"], "beta"),
+        (
+            ["--beta", "much"],
+            "argument --beta: invalid float value: 'much'; --help lists all options",
+        ),
         (["--resume", "/no/such/run"], "no run folder"),
     ],
 )
@@ -233,6 +237,42 @@ def test_mistakes_are_one_sentence(
     assert main([*given, *words]) == 2
     said = capsys.readouterr().err.strip()
     assert sentence in said and said.startswith("ppo: ") and len(said.splitlines()) == 1
+
+
+def test_a_run_is_gone_on_with_as_it_was_begun(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--config", str(root / "run.yaml"), "--out", str(tmp_path / "run")]
+    request = read_request(given, "")
+    tree = settings_tree(request.settings)
+    request.run.open("ppo", tree)
+    store = CheckpointStore(request.run.path / "checkpoints")
+    store.begin(2)
+    store.finish(2, 1, {"settings": tree, "pool": request.plan.pool.digest, "wandb_id": None}, {})
+
+    def refused(*words: str) -> str:
+        assert main(["--resume", str(request.run.path), *words]) == 2
+        return capsys.readouterr().err
+
+    for override in ("seed=1", "learner.epochs=3", "model=smollm2-135m"):
+        said = refused("--set", override)
+        assert f"{override} cannot change in the middle of a run; only fleet, checkpoint" in said
+    assert "leave --beta away" in refused("--beta", "0.2")
+    going_on = ["--resume", str(request.run.path), "--dry-run"]
+    assert main([*going_on, "--set", "fleet.engines=3", "--set", "max_bad_steps=9"]) == 0
+    assert "3 x 1 threads" in capsys.readouterr().out
+    changed = {**tree, "learner": {**tree["learner"], "lr_gates": 0.02}}
+    (request.run.path / "config.yaml").write_text(yaml.safe_dump({"command": "ppo", **changed}))
+    said = refused()
+    assert "learner.lr_gates was 0.01 when its checkpoints were made and is 0.02 now" in said
+    (request.run.path / "config.yaml").write_text(yaml.safe_dump({"command": "ppo", **tree}))
+    questions = root / "questions.jsonl"
+    whole = questions.read_text()
+    questions.write_text("".join(whole.splitlines(keepends=True)[1:]))
+    try:
+        assert "the questions are others than" in refused()
+    finally:
+        questions.write_text(whole)
 
 
 def test_the_plan_of_a_step_is_a_function_of_seed_and_step(root: Path) -> None:

@@ -95,6 +95,7 @@ def test_files_and_folders(
     said = refused(capsys, "--resume", str(tmp_path))
     assert f"{tmp_path} is no run folder: it has no config.yaml" in said
     assert "data" in refused(capsys)
+    assert "unrecognized arguments: --steps 3; --help lists" in refused(capsys, "--steps", "3")
 
 
 def begun_run(folder: Path, root: Path, **changes: Any) -> Path:

@@ -10,9 +10,10 @@ import errno
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from fbs_rl.data.prepare_config import PrepareConfig, read_config
+from fbs_rl.option_parser import OptionParser
 
 _FLAGS = {
     "tokenizer": "tokenizer",
@@ -27,14 +28,9 @@ _FLAGS = {
 """Options of the command line that set a key of the configuration."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists all options")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ValueError in one sentence for one that cannot work."""
-    parser = _Parser(
+    parser = OptionParser(
         prog="python -m fbs_rl.data",
         description="Prepare text for training: filtered, without duplicates, labelled, packed.",
     )

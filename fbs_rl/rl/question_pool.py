@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fbs_rl.data.whole_files import write_whole
+from fbs_rl.option_parser import OptionParser
 from fbs_rl.rl.answer_format import AnswerFormat, GoldText, Heading, Turn, encode_question
 from fbs_rl.rl.question_overlap import EvaluationIndex
 from fbs_rl.rl.question_selection import Removal, Selection, select_questions
@@ -296,13 +297,8 @@ def _enums(stated: dict[str, Any]) -> dict[str, Any]:
 # --- the command ------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists all options")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="python -m fbs_rl.rl.question_pool",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
