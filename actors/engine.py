@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,22 +30,6 @@ class Engine:
     settings: PretrainSettings
     ranks: int
     float_buffers: dict[str, torch.Tensor]
-
-    @staticmethod
-    def meet(device: torch.device, timeout: datetime.timedelta) -> None:
-        """Join the process group named by the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
-        import deepspeed
-
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # Building it takes a minute of C++ compilation and gains nothing here.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
-        if not torch.distributed.is_initialized():
-            deepspeed.init_distributed(
-                dist_backend="nccl" if device.type == "cuda" else "gloo",
-                auto_mpi_discovery=False,
-                verbose=False,
-                timeout=timeout,
-            )
 
     @classmethod
     def build(

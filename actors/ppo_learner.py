@@ -6,14 +6,10 @@ few megabytes, and every rank keeps all of it, so a saved learner fits any numbe
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
-import resource
 import shutil
-import socket
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +17,7 @@ from typing import Any
 
 import torch
 
+from actors.rank_process import meet_ranks, memory_figures, own_address, place_facts, rank_device
 from fbs_rl.checkpoint import export_model, load_model
 from fbs_rl.config import from_tree
 from fbs_rl.gate_bundle import GateBundle
@@ -41,18 +38,11 @@ class PPOLearnerWorker:
         self.settings = from_tree(LearnerSettings, settings_tree)
         runtime = self.settings.runtime
         torch.set_num_threads(runtime.threads)
-        use_cuda = runtime.device != "cpu" and torch.cuda.is_available()
-        if runtime.device == "cuda" and not use_cuda:
-            raise ValueError("runtime.device is cuda, but torch finds no CUDA device on this node")
-        self.device = torch.device("cuda", 0) if use_cuda else torch.device("cpu")
+        self.device = rank_device("runtime.device", runtime.device)
 
     def address(self) -> tuple[str, int]:
         """(host, free port) at which rank 0 can be met."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        ray = sys.modules.get("ray")  # there only inside an actor
-        return "127.0.0.1" if ray is None else ray.util.get_node_ip_address(), port
+        return own_address()
 
     def start(
         self,
@@ -87,31 +77,21 @@ class PPOLearnerWorker:
         if resume is not None:
             self.learner.load_state_dict(read_learner(Path(resume), self.device))
         return {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "device": torch.cuda.get_device_name(0) if self.device.type == "cuda" else "cpu",
+            **place_facts(self.device),
             "trained_parameters": sum(p.numel() for p in self.learner.trained.values()),
             "frozen_digest": self.learner.frozen,
             **self.learner.counters,
         }
 
     def _meet(self, host: str, port: int | None) -> None:
-        from actors.engine import Engine
-
         if port is None:
             raise ValueError(
                 f"{self.ranks.count} ranks need the port that rank 0's address() names"
             )
-        os.environ.update(
-            RANK=str(self.ranks.rank),
-            WORLD_SIZE=str(self.ranks.count),
-            LOCAL_RANK="0",
-            MASTER_ADDR=host,
-            MASTER_PORT=str(port),
-            DS_ACCELERATOR=self.device.type,
-            OMP_NUM_THREADS=str(self.settings.runtime.threads),
-        )
-        Engine.meet(self.device, datetime.timedelta(seconds=self.settings.runtime.deadline_s))
+        runtime = self.settings.runtime
+        meet_ranks(
+            self.ranks.rank, self.ranks.count, host, port, self.device, runtime.threads, runtime.deadline_s
+        )  # fmt: skip
 
     def self_test(self, episodes: Sequence[EpisodeRollout], step: int = 0) -> Mismatch:
         """As PPOLearner.self_test, with the settings' limits."""
@@ -122,10 +102,7 @@ class PPOLearnerWorker:
         began = time.perf_counter()
         metrics = self.learner.update(episodes, step)
         metrics["perf/update_s"] = time.perf_counter() - began
-        metrics["perf/rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if self.device.type == "cuda":
-            metrics["perf/gpu_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        return metrics
+        return metrics | memory_figures(self.device)
 
     def bundle(self, version: int) -> GateBundle | None:
         """The gates as they are now, from rank 0; None from the others, who hold the same."""

@@ -7,12 +7,7 @@ from its number.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import os
-import resource
-import socket
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +18,7 @@ import torch
 from torch import Tensor
 
 from actors.engine import TAG, Engine, to_universal
+from actors.rank_process import meet_ranks, memory_figures, own_address, place_facts, rank_device
 from fbs_rl.checkpoint import LoadedModel, export_model, load_model
 from fbs_rl.config import from_tree
 from fbs_rl.data.shards import PackedShards
@@ -52,10 +48,7 @@ class PretrainWorker:
         self.rank, self.ranks = rank, ranks
         self.settings = from_tree(PretrainSettings, settings_tree)
         torch.set_num_threads(self.settings.cluster.threads_per_rank)
-        use_cuda = self.settings.cluster.device != "cpu" and torch.cuda.is_available()
-        if self.settings.cluster.device == "cuda" and not use_cuda:
-            raise ValueError("cluster.device is cuda, but torch finds no CUDA device on this node")
-        self.device = torch.device("cuda", 0) if use_cuda else torch.device("cpu")
+        self.device = rank_device("cluster.device", self.settings.cluster.device)
         self.teacher: FBSForCausalLM | None = None
         self.rate_L: Tensor | None = None
         self.window_P: Tensor | None = None
@@ -64,11 +57,7 @@ class PretrainWorker:
 
     def address(self) -> tuple[str, int]:
         """(host, free port) at which rank 0 can be met."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        ray = sys.modules.get("ray")  # there only inside an actor
-        return "127.0.0.1" if ray is None else ray.util.get_node_ip_address(), port
+        return own_address()
 
     def start(
         self,
@@ -84,16 +73,10 @@ class PretrainWorker:
         made it (benchmarks of random weights). Returns what the driver wants to know.
         """
         settings = self.settings
-        os.environ.update(
-            RANK=str(self.rank),
-            WORLD_SIZE=str(self.ranks),
-            LOCAL_RANK="0",
-            MASTER_ADDR=host,
-            MASTER_PORT=str(port),
-            DS_ACCELERATOR=self.device.type,
-            OMP_NUM_THREADS=str(settings.cluster.threads_per_rank),
-        )
-        Engine.meet(self.device, datetime.timedelta(seconds=settings.cluster.step_deadline_s))
+        meet_ranks(
+            self.rank, self.ranks, host, port, self.device, settings.cluster.threads_per_rank,
+            settings.cluster.step_deadline_s,
+        )  # fmt: skip
         self.train_rows = PackedShards.open(settings.data, "train")
         self.heldout_rows = PackedShards.open(settings.data, "heldout")
         model = self._take_model(made or read_start(self.settings.model))
@@ -152,9 +135,7 @@ class PretrainWorker:
     def _facts(self, model: FBSForCausalLM) -> dict[str, Any]:
         peak = peak_flops(self.device)
         return {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "device": torch.cuda.get_device_name(0) if self.device.type == "cuda" else "cpu",
+            **place_facts(self.device),
             "peak_flops": None if peak is None else peak * self.ranks,
             "flops_per_token": training_flops_per_token(
                 model.config, self.train_rows.sequence_tokens
@@ -267,10 +248,8 @@ class PretrainWorker:
         return moved.cpu()
 
     def _timing(self, seconds: float, tokens: float) -> dict[str, float]:
-        memory = {"perf/rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-        if self.device.type == "cuda":
-            memory["perf/gpu_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        return {"perf/step_s": seconds, "perf/tokens_per_s": tokens / seconds, **memory}
+        rates = {"perf/step_s": seconds, "perf/tokens_per_s": tokens / seconds}
+        return rates | memory_figures(self.device)
 
     # --- evaluation, checkpoints ---------------------------------------------------------------------
 
