@@ -96,12 +96,4 @@ def segment_outcome(
 ) -> SegmentOutcome:
     """The segment as the reward reads it."""
     counted = segment_cost(config, trace, cost)
-    nothing_T = torch.zeros(0, dtype=torch.long)
-    return SegmentOutcome(
-        kind=trace.kind,
-        flops_T=nothing_T if counted is None else counted.flops_BT[0],
-        dense_flops_T=nothing_T if counted is None else counted.dense_flops_BT[0],
-        nll_gated_N=trace.nll_gated_N,
-        nll_dense_N=nll_dense_N,
-        sampled_by=trace.sampled_by,
-    )
+    return SegmentOutcome.of(trace.kind, trace.sampled_by, counted, trace.nll_gated_N, nll_dense_N)

@@ -18,20 +18,15 @@ from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
-import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from fbs_rl.model.configuration import FBSConfig
+from fbs_rl.rl.credit import score_episode
 from fbs_rl.rl.questions import EncodedQuestion
-from fbs_rl.rl.reward import (
-    EpisodeReward,
-    RewardSettings,
-    SegmentOutcome,
-    episode_reward,
-)
-from fbs_rl.rl.rollout import EpisodeRollout, RolloutSettings, RolloutTask, SegmentRollout
+from fbs_rl.rl.reward import EpisodeReward, RewardSettings
+from fbs_rl.rl.rollout import EpisodeRollout, RolloutSettings, RolloutTask
 
 _SEEDS = 2**63
 Questions = np.ndarray[Any, np.dtype[np.int64]]
@@ -44,40 +39,6 @@ class Fleet(Protocol):
     def roll(
         self, chunks: Sequence[Sequence[RolloutTask]], settings: RolloutSettings
     ) -> list[list[EpisodeRollout]]: ...
-
-
-# --- episodes as the reward reads them ----------------------------------------------------------------
-
-
-def segment_outcome(config: FBSConfig, segment: SegmentRollout) -> SegmentOutcome:
-    """One segment with its exact FLOPs, those of the gates included."""
-    flops_T = dense_flops_T = torch.zeros(0, dtype=torch.long)
-    if len(segment.trace.skip_TL):
-        cost = segment.trace.cost(config)
-        flops_T, dense_flops_T = cost.flops_BT[0], cost.dense_flops_BT[0]
-    return SegmentOutcome(
-        kind=segment.kind,
-        flops_T=flops_T,
-        dense_flops_T=dense_flops_T,
-        nll_gated_N=torch.from_numpy(segment.nll_gated_N),
-        nll_dense_N=torch.from_numpy(segment.nll_dense_N),
-        sampled_by=segment.sampled_by,
-    )
-
-
-def rollout_outcomes(config: FBSConfig, episode: EpisodeRollout) -> tuple[SegmentOutcome, ...]:
-    """Of its segments, in their order."""
-    return tuple(segment_outcome(config, segment) for segment in episode.segments)
-
-
-def rollout_reward(
-    config: FBSConfig, episode: EpisodeRollout, settings: RewardSettings
-) -> EpisodeReward:
-    """R of the episode; errors as in episode_reward."""
-    return episode_reward(rollout_outcomes(config, episode), settings)
-
-
-# --- the environment ----------------------------------------------------------------------------------
 
 
 class FleetVectorEnv(gymnasium.vector.VectorEnv[Questions, np.ndarray, np.ndarray]):
@@ -166,7 +127,7 @@ class FleetVectorEnv(gymnasium.vector.VectorEnv[Questions, np.ndarray, np.ndarra
         except BaseException:
             self.np_random.bit_generator.state = state
             raise
-        rewards = [rollout_reward(self.config, episode, self.reward) for episode in episodes]
+        rewards = [score_episode(e, self.config, self.reward).reward for e in episodes]
         infos: dict[str, Any] = {}
         for i, (episode, reward) in enumerate(zip(episodes, rewards, strict=True)):
             last = {

@@ -180,7 +180,7 @@ def load_tokenizer(source: ModelSource, vocab_size: int) -> PreTrainedTokenizerB
 # --- gates alone ----------------------------------------------------------------------------------
 
 
-def gate_tensors(model: FBSForCausalLM) -> Iterator[tuple[str, Tensor]]:
+def added_tensors(model: FBSForCausalLM) -> Iterator[tuple[str, Tensor]]:
     """Names (as in a checkpoint) and tensors of everything that FBS added, buffers included."""
     for prefix, module in model.named_modules():
         if isinstance(module, NEW_MODULES):
@@ -188,7 +188,7 @@ def gate_tensors(model: FBSForCausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def backbone_tensors(model: FBSForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    new = {name for name, _ in gate_tensors(model)}
+    new = {name for name, _ in added_tensors(model)}
     yield from ((name, t) for name, t in model.state_dict().items() if name not in new)
 
 
@@ -209,7 +209,7 @@ def save_gates(model: FBSForCausalLM, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; name a new folder for the gates")
-    tensors = {name: t.detach().cpu().contiguous() for name, t in gate_tensors(model)}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in added_tensors(model)}
     options = {k: v for k, v in model.config.to_dict().items() if k in OPTION_NAMES}
     description = {
         "format": GATES_FORMAT,
@@ -311,7 +311,7 @@ def apply_gates(model: FBSForCausalLM, folder: str | Path) -> None:
         raise ValueError(
             f"{folder}/{_TENSORS} does not match its digest; copy the gates folder again"
         )
-    mine = dict(gate_tensors(model))
+    mine = dict(added_tensors(model))
     wrong = sorted(
         name
         for name in mine.keys() | tensors.keys()

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fbs_rl.checkpoint import backbone_tensors, gate_tensors
+from fbs_rl.checkpoint import added_tensors, backbone_tensors
 from fbs_rl.data.samples import load_sample
 from fbs_rl.model import FBSConfig, FBSForCausalLM
 from fbs_rl.model.backbone import ModelSource, config_digest, load_backbone, weights_fingerprint
@@ -191,7 +191,7 @@ def test_new_modules_follow_the_seed_and_leave_torch_alone(given: str, tmp_path:
         for seed in (0, 0, 1)
     ]
     assert torch.equal(torch.get_rng_state(), before)
-    first, same, other = (dict(gate_tensors(m)) for m in models)
+    first, same, other = (dict(added_tensors(m)) for m in models)
     assert all(torch.equal(first[name], same[name]) for name in first)
     drawn = {
         name for name in first if first[name].float().std(correction=0) > 0 and "_N" not in name
@@ -199,7 +199,9 @@ def test_new_modules_follow_the_seed_and_leave_torch_alone(given: str, tmp_path:
     assert len(drawn) > 50
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
     torch.manual_seed(5)
-    different = dict(gate_tensors(FBSForCausalLM.from_backbone(copy.deepcopy(backbone()), options)))
+    different = dict(
+        added_tensors(FBSForCausalLM.from_backbone(copy.deepcopy(backbone()), options))
+    )
     assert all(torch.equal(first[name], different[name]) for name in first)
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fbs_rl.checkpoint import (
+    added_tensors,
     apply_gates,
     backbone_tensors,
-    gate_tensors,
     save_gates,
     tensors_digest,
 )
@@ -301,7 +301,7 @@ def file_size_limit(limit: int) -> Iterator[None]:
 
 
 def _interrupted(model: Any, folder: Path) -> None:
-    size = sum(t.numel() * t.element_size() for _, t in gate_tensors(model))
+    size = sum(t.numel() * t.element_size() for _, t in added_tensors(model))
     with file_size_limit(size // 2), pytest.raises((OSError, SafetensorError)):
         save_gates(model, folder)
 

@@ -17,7 +17,8 @@ from actors.fleet import FleetSettings, RolloutFleet
 from actors.gang import RankResources
 from envs.decode_env import DecodeEnv
 from envs.settings import EnvSettings, PolicyCost
-from envs.vector_env import FleetVectorEnv, rollout_outcomes, rollout_reward
+from envs.vector_env import FleetVectorEnv
+from fbs_rl.rl.credit import score_episode
 from fbs_rl.rl.questions import EncodedQuestion
 from fbs_rl.rl.reward import RewardSettings, Sampler
 from fbs_rl.rl.rollout import EpisodeRollout, RolloutSettings, RolloutTask
@@ -99,7 +100,8 @@ def test_the_single_environment_replays_the_fleets_episodes(
     skipped = []
     for i, episode in enumerate(last["episode"]):
         info = replay(single, episode)
-        traces, outcomes = single.traces, rollout_outcomes(model[1].config, episode)
+        traces = single.traces
+        outcomes = [segment.outcome(model[1].config) for segment in episode.segments]
         for segment, trace, ours, theirs in zip(
             episode.segments, traces, outcomes, single.outcomes(), strict=True
         ):
@@ -113,7 +115,7 @@ def test_the_single_environment_replays_the_fleets_episodes(
         for name, value in info["reward_terms"].items():
             assert last["reward_terms"][name][i] == pytest.approx(value, abs=1e-6), name
         assert rewards[i] == last["reward_terms"]["total"][i]
-        shares = rollout_reward(model[1].config, episode, REWARD).shares
+        shares = score_episode(episode, model[1].config, REWARD).reward.shares
         for ours, theirs in zip(shares, info["reward_shares"].values(), strict=True):
             torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=0, atol=1e-5)
     assert 0.1 < np.mean(skipped) < 0.8

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from fbs_rl.rl.replay import check_segment
 from fbs_rl.rl.reward import (
     EpisodeReward,
     RewardSettings,
-    SegmentOutcome,
     episode_reward,
     skip_gain,
 )
@@ -52,28 +50,14 @@ def score_episode(
     episode: EpisodeRollout, config: FBSConfig, settings: RewardSettings
 ) -> ScoredEpisode:
     """R of one episode with costs counted exactly from its traces; ValueError for traces of another model."""
-    outcomes = [_outcome(segment, config) for segment in episode.segments]
+    for segment in episode.segments:
+        check_segment(segment, config)
+    outcomes = [segment.outcome(config) for segment in episode.segments]
     return ScoredEpisode(
         episode,
         episode_reward(outcomes, settings),
         sum(int(o.flops_T.sum()) for o in outcomes),
         sum(int(o.dense_flops_T.sum()) for o in outcomes),
-    )
-
-
-def _outcome(segment: SegmentRollout, config: FBSConfig) -> SegmentOutcome:
-    check_segment(segment, config)
-    flops_T = dense_flops_T = torch.zeros(0, dtype=torch.int64)
-    if len(segment.trace.skip_TL):
-        cost = segment.trace.cost(config)
-        flops_T, dense_flops_T = cost.flops_BT[0], cost.dense_flops_BT[0]
-    return SegmentOutcome(
-        kind=segment.kind,
-        flops_T=flops_T,
-        dense_flops_T=dense_flops_T,
-        nll_gated_N=torch.from_numpy(np.asarray(segment.nll_gated_N)),
-        nll_dense_N=torch.from_numpy(np.asarray(segment.nll_dense_N)),
-        sampled_by=segment.sampled_by,
     )
 
 

@@ -29,6 +29,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from fbs_rl.model.flops import TraceCost
+
 
 class QualityTokens(StrEnum):
     """Whose tokens ΔNLL is the mean of."""
@@ -118,6 +120,17 @@ class SegmentOutcome:
                 f"a {self.kind} segment cannot be sampled by {self.sampled_by!s}: gold tokens are given, "
                 f"those of a self segment come from the gated or the dense model"
             )
+
+    @classmethod
+    def of(
+        cls, kind: SegmentKind, sampled_by: Sampler, cost: TraceCost | None, nll_gated_N: Tensor, nll_dense_N: Tensor
+    ) -> SegmentOutcome:  # fmt: skip
+        """A segment with what was counted of its columns (batch 1); None: it has none."""
+        nothing_T = torch.zeros(0, dtype=torch.int64)
+        flops_T, dense_flops_T = (
+            (nothing_T, nothing_T) if cost is None else (cost.flops_BT[0], cost.dense_flops_BT[0])
+        )
+        return cls(kind, flops_T, dense_flops_T, nll_gated_N, nll_dense_N, sampled_by)
 
     def penalty(self, settings: RewardSettings) -> Tensor:
         """d of every token [N], float64, clipped; the sign is that of `sampled_by`.

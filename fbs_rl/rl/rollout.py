@@ -12,10 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from fbs_rl.gate_trace import GateTrace
+from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.rl.gate_policy import GatePolicy
-from fbs_rl.rl.reward import Sampler, SegmentKind
+from fbs_rl.rl.reward import Sampler, SegmentKind, SegmentOutcome
 from fbs_rl.seeds import stable_hash
 
 
@@ -90,6 +92,14 @@ class SegmentRollout:
                 f"a segment of {tokens} tokens needs as many NLLs and {tokens - 1} columns, "
                 f"got {shapes} and {len(self.trace.skip_TL)}"
             )
+
+    def outcome(self, config: FBSConfig) -> SegmentOutcome:
+        """The segment as the reward reads it, with its exact FLOPs; ValueError for a trace of another model."""
+        cost = self.trace.cost(config) if len(self.trace.skip_TL) else None
+        nll_gated_N, nll_dense_N = (
+            torch.from_numpy(nll) for nll in (self.nll_gated_N, self.nll_dense_N)
+        )
+        return SegmentOutcome.of(self.kind, self.sampled_by, cost, nll_gated_N, nll_dense_N)
 
 
 @dataclass(frozen=True, slots=True)
