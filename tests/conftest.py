@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -38,3 +38,20 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalClust
 
     with start_cluster(tmp_path_factory.mktemp("ray")) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders with models and gates that read and write text, by what is special about them."""
+    from tests.text_models import make_places
+
+    return make_places(tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture(scope="module")
+def there() -> Iterator[Callable[..., Any]]:
+    """Calls functions in a process of their own, which may hold a vLLM engine."""
+    from tests.engine_process import engine_process
+
+    with engine_process() as run:
+        yield run

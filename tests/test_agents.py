@@ -31,7 +31,7 @@ from fbs_rl.seeds import stable_hash
 from fbs_rl.types import GateMode
 from tests.letters import QUESTIONS, Letters
 from tests.small_tokenizer import saveable_tokenizer
-from tests.test_generate import tiny_fbs
+from tests.text_models import tiny_fbs
 from tests.tiny import lively
 
 NEW = 8

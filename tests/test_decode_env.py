@@ -27,7 +27,7 @@ from fbs_rl.rl.reward import QualityTokens, RewardSettings, Sampler, SegmentKind
 from fbs_rl.types import GateMode
 from tests.letters import QUESTIONS, Letters, question
 from tests.small_tokenizer import saveable_tokenizer
-from tests.test_generate import tiny_fbs
+from tests.text_models import tiny_fbs
 from tests.tiny import HIDDEN, LAYERS, NOOP, lively
 
 ID = "fbs_rl/Decode-v0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,9 @@ from transformers import LlamaConfig
 from fbs_rl.serving.request_options import RequestOptions
 from fbs_rl.serving.serving_settings import ServingSettings
 from fbs_rl.serving.step_stats import FIELDS
-from tests.engine_process import engine_process
 from tests.served_tiny import make_folder
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-
-
-@pytest.fixture(scope="module")
-def there() -> Iterator[Callable[..., Any]]:
-    with engine_process() as run:
-        yield run
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import pytest
 
 from fbs_rl.model import FBSConfig
 from fbs_rl.types import GateMode
-from tests.engine_process import engine_process
 from tests.served_text import make_text_folder
 from tests.served_tiny import referee
 
@@ -19,12 +18,6 @@ DENSE = {"gates": GateMode.DENSE}
 
 def tau(value: float) -> dict[str, Any]:
     return {"gates": GateMode.THRESHOLD, "tau": value}
-
-
-@pytest.fixture(scope="module")
-def there() -> Iterator[Callable[..., Any]]:
-    with engine_process() as run:
-        yield run
 
 
 # --- over there ---------------------------------------------------------------------------------------

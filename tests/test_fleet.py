@@ -21,9 +21,9 @@ from fbs_rl.gate_bundle import GateBundle
 from fbs_rl.rl.reward import Sampler
 from fbs_rl.rl.rollout import EpisodeRollout, RolloutSettings, RolloutTask
 from tests.ray_cluster import LocalCluster
+from tests.served_engine import changed_gates
 from tests.served_tiny import make_folder
 from tests.test_rollouts import OPTIONS, bits, make_tasks
-from tests.test_serving import changed_gates
 
 SETTINGS = FleetSettings(workers=2, resources=RankResources(1), start_deadline_s=300)
 GATED = RolloutSettings(sampled_by=Sampler.GATED, max_new_tokens=30, temperature=1.0)

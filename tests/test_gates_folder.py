@@ -139,7 +139,10 @@ def retrained() -> Any:
     return model
 
 
-def refuses(model: Any, folder: Path, *words: str, error: type[Exception] = ValueError) -> None:
+def assert_refused(
+    model: Any, folder: Path, *words: str, error: type[Exception] = ValueError
+) -> None:
+    """One sentence with these words, and neither the model nor any file has changed."""
     before, files = digest(model), sorted(folder.parent.rglob("*"))
     with pytest.raises(error) as caught:
         apply_gates(model, folder)
@@ -150,12 +153,14 @@ def refuses(model: Any, folder: Path, *words: str, error: type[Exception] = Valu
 
 def test_another_configuration_is_refused_naming_both(artefact: Path) -> None:
     made_on, this = "(llama, 8 layers, width 48)", "(llama, 4 layers, width 32)"
-    refuses(other_width(), artefact, "made on another backbone", made_on, this)
-    refuses(fresh("qwen3"), artefact, "made on another backbone", made_on, "(qwen3, 8 layers")
+    assert_refused(other_width(), artefact, "made on another backbone", made_on, this)
+    assert_refused(
+        fresh("qwen3"), artefact, "made on another backbone", made_on, "(qwen3, 8 layers"
+    )
 
 
 def test_other_weights_of_the_same_architecture_are_refused(artefact: Path) -> None:
-    refuses(retrained(), artefact, "made on other weights of the same architecture")
+    assert_refused(retrained(), artefact, "made on other weights of the same architecture")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +176,7 @@ def test_other_weights_of_the_same_architecture_are_refused(artefact: Path) -> N
     ids=str,
 )
 def test_options_with_other_tensors_are_refused(artefact: Path, options: dict[str, Any]) -> None:
-    refuses(fresh(**options), artefact, "made with other options")
+    assert_refused(fresh(**options), artefact, "made with other options")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +194,7 @@ def test_options_that_change_what_gates_do_are_refused(
     artefact: Path, options: dict[str, Any]
 ) -> None:
     """Same shapes, another function: the gates would be applied to a model they were not made for."""
-    refuses(fresh(**options), artefact, "made with other options")
+    assert_refused(fresh(**options), artefact, "made with other options")
 
 
 @contextmanager
@@ -210,12 +215,12 @@ def test_any_flipped_byte_and_any_lost_tail_is_noticed(artefact: Path, tmp_path:
             content = bytearray((copy / "gates.safetensors").read_bytes())
             content[place] ^= 1
             (copy / "gates.safetensors").write_bytes(content)
-            refuses(model, copy, "copy the gates folder again")
+            assert_refused(model, copy, "copy the gates folder again")
     for length in (0, 5, 8 + header // 2, size // 2, size - 1):
         with damaged(artefact, tmp_path) as copy:
             content = (copy / "gates.safetensors").read_bytes()
             (copy / "gates.safetensors").write_bytes(content[:length])
-            refuses(model, copy, "copy the gates folder again")
+            assert_refused(model, copy, "copy the gates folder again")
     apply_gates(model, artefact)
 
 
@@ -224,15 +229,15 @@ def test_a_lost_tensor_is_noticed(artefact: Path, tmp_path: Path) -> None:
         tensors = load_file(copy / "gates.safetensors")
         tensors.pop("model.preview.unk_R")
         save_file(tensors, copy / "gates.safetensors")
-        refuses(fresh(), copy, "does not match its digest")
+        assert_refused(fresh(), copy, "does not match its digest")
 
 
 @pytest.mark.parametrize("name", ["gates.json", "gates.safetensors"])
 def test_folders_without_their_files_are_refused(artefact: Path, tmp_path: Path, name: str) -> None:
     with damaged(artefact, tmp_path) as copy:
         (copy / name).unlink()
-        refuses(fresh(), copy, "is no gates folder", error=FileNotFoundError)
-    refuses(fresh(), tmp_path / "nowhere", "is no gates folder", error=FileNotFoundError)
+        assert_refused(fresh(), copy, "is no gates folder", error=FileNotFoundError)
+    assert_refused(fresh(), tmp_path / "nowhere", "is no gates folder", error=FileNotFoundError)
 
 
 def _without(*path: str) -> Callable[[str], bytes]:
@@ -269,7 +274,7 @@ def test_damaged_descriptions_are_refused(artefact: Path, tmp_path: Path, case: 
     with damaged(artefact, tmp_path) as copy:
         path = copy / "gates.json"
         path.write_bytes(edit(path.read_text()))
-        refuses(fresh(), copy, words)
+        assert_refused(fresh(), copy, words)
 
 
 # --- written whole or not at all -----------------------------------------------------------------------

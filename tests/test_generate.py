@@ -14,95 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
-from fbs_rl.checkpoint import save_gates
 from fbs_rl.decoding import comparison, decode, measures
 from fbs_rl.generate import main
-from fbs_rl.model import FBSConfig, FBSForCausalLM
+from fbs_rl.model import FBSForCausalLM
 from fbs_rl.model.flops import count_trace
 from fbs_rl.shading import visible
 from fbs_rl.types import GateMode
-from tests.small_tokenizer import TEXTS, saveable_tokenizer
-from tests.tiny import SMALL, VOCAB, lively
+from tests.small_tokenizer import TEXTS
+from tests.text_models import LAYERS, NEW, PROMPT, base
+from tests.tiny import VOCAB, lively
 
-LAYERS, CONTEXT, NEW = 8, 96, 16
-PROMPT = "读书 and skip"
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
-
-
-def tiny_backbone(vocab_size: int, hidden: int = 32, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.2,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):
-                weight.uniform_(0.7, 1.3)
-    return model.eval()
-
-
-def tiny_fbs(vocab_size: int, hidden: int = 32, seed: int = 0, **options: Any) -> FBSForCausalLM:
-    """Its gates differ between tokens and layers, around a probability of 0.5."""
-    options = {**SMALL, "tau": 0.5, "gates_origin": "trained", **options}
-    model = FBSForCausalLM.from_backbone(
-        tiny_backbone(vocab_size, hidden, seed), FBSConfig(**options)
-    )
-    made: Any = model
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for layer in made.model.layers:
-            if layer.skip_gate is not None:
-                weight = layer.skip_gate.out.weight
-                weight.copy_(torch.randn(weight.shape, generator=draw))
-                layer.skip_gate.out.bias.zero_()
-    return model
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders with models and gates, by what is special about them."""
-    root = tmp_path_factory.mktemp("models")
-    tokenizer, vocab = saveable_tokenizer(), len(saveable_tokenizer())
-    made = tiny_fbs(vocab)
-    models: dict[str, Any] = {
-        "fbs": made,
-        "backbone": tiny_backbone(vocab),
-        "other": tiny_fbs(vocab, hidden=48),
-        "gateless": tiny_fbs(vocab, gate=False),
-        "chat": made,
-        "gpt2": GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=vocab)),
-    }
-    for name, model in models.items():
-        model.save_pretrained(root / name)
-        (saveable_tokenizer(chat=True) if name == "chat" else tokenizer).save_pretrained(
-            root / name
-        )
-    saveable_tokenizer(size=290).save_pretrained(root / "fits")
-    large = tmp_path_factory.mktemp("large")
-    tiny_backbone(600).save_pretrained(large)
-    saveable_tokenizer(size=330).save_pretrained(large)
-    save_gates(made, root / "gates")
-    save_gates(models["other"], root / "other_gates")
-    save_gates(tiny_fbs(vocab, seed=1), root / "retrained_gates")
-    (root / "empty").mkdir()
-    (root / "empty.txt").write_text("\n")
-    (root / "latin.txt").write_bytes("é".encode("latin-1"))
-    (root / "prompt.txt").write_text(PROMPT + "\n", encoding="utf-8")
-    names = {path.name: str(path) for path in root.iterdir()}
-    return names | {"large": str(large), "nowhere": str(root / "nowhere")}
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -116,10 +40,6 @@ def generated(places: dict[str, str], **arguments: Any) -> list[int]:
     ids = AutoTokenizer.from_pretrained(places["fbs"])(PROMPT, return_tensors="pt")["input_ids"]
     made = model.generate(ids, max_new_tokens=NEW, do_sample=False, **arguments)
     return made[0, ids.shape[1] :].tolist()
-
-
-def base(places: dict[str, str]) -> list[str]:
-    return [places["fbs"], "--prompt", PROMPT, "--max-new-tokens", str(NEW)]
 
 
 def test_json_is_what_generate_makes_and_agrees_with_itself(
@@ -361,78 +281,6 @@ def test_the_loop_decides_and_counts_as_one_parallel_pass_does(kv: str) -> None:
         chunks.opens_BT[:, len(prompt) :],
     )
     assert measures(model.config, made)["flops"]["executed"] == int(parallel.flops_BT.sum())
-
-
-ERRORS = {
-    "tau is too high": ("fbs --prompt x --tau 1.5", "--tau is 1.5"),
-    "tau is no number": ("fbs --prompt x --tau high", "argument --tau: invalid float value: 'high'"),
-    "tau is nan": ("fbs --prompt x --tau nan", "--tau is nan"),
-    "tau without threshold": ("fbs --prompt x --tau 0.5 --mode sample", "not for sample"),
-    "no such path": ("nowhere --prompt x", "there is no model folder"),
-    "no such gguf": ("nowhere.gguf --prompt x", "there is no file"),
-    "empty folder": ("empty --prompt x", "holds no config.json"),
-    "gpt2": ("gpt2 --prompt x", "is a gpt2 model; supported are Qwen3"),
-    "tokenizer too large": ("backbone --prompt x --tokenizer large", "has token ids up to 329"),
-    "tokenizer too small": ("large --prompt x", "has 330 tokens, but the model knows 600"),
-    "no prompt": ("fbs", "one of the arguments --prompt --prompt-file is required"),
-    "two prompts": ("fbs --prompt x --prompt-file prompt.txt", "not allowed with argument"),
-    "empty prompt": ("fbs --prompt _", "the prompt is empty"),
-    "empty file": ("fbs --prompt-file empty.txt", "the prompt is empty"),
-    "no file": ("fbs --prompt-file nowhere", "there is no file"),
-    "no text": ("fbs --prompt-file latin.txt", "is not UTF-8 text"),
-    "prompt too long": ("fbs --prompt " + "x" * 120, "has 120 tokens, but the model's context is 96"),
-    "too many new": ("fbs --prompt x --max-new-tokens 96", "tokens 96 are more than the model's context of 96"),
-    "no new": ("fbs --prompt x --max-new-tokens 0", "ask for at least 1"),
-    "other gates": ("fbs --prompt x --max-new-tokens 4 --gates-folder other_gates", "made on another backbone"),
-    "retrained": ("backbone --prompt x --max-new-tokens 4 --gates-folder retrained_gates", "made on other weights"),
-    "no gates": ("fbs --prompt x --max-new-tokens 4 --gates-folder empty", "is no gates folder"),
-    "no preset": ("backbone --prompt x --preset fast", "no preset 'fast'; there are default, paper"),
-    "preset of fbs": ("fbs --prompt x --max-new-tokens 4 --preset paper", "leave the preset out"),
-    "preset and gates": ("backbone --prompt x --preset paper --gates-folder gates", "leave --preset out"),
-    "layer": ("fbs --prompt x --never-skip 0,8", "names layer 8, but"),
-    "layers": ("fbs --prompt x --never-skip 0;1", "is no list of layers"),
-    "critical layers": ("fbs --prompt x --max-new-tokens 4 --never-skip first:2,last:6", "leaves none to skip"),
-    "protected layers": ("fbs --prompt x --max-new-tokens 4 --never-skip first:2,last:5", "leave none of its 8 layers"),
-    "spans": ("fbs --prompt x --never-skip first:2,first:3", "is no list of layers like"),
-    "dense structure": ("fbs --prompt x --mode dense --protect-structure", "nothing to do with --mode dense"),
-    "gateless structure": ("gateless --prompt x --protect-structure", "was made without gates"),
-    "no validator": ("fbs --prompt x --validate xml", "invalid choice: 'xml'"),
-    "stray reruns": ("fbs --prompt x --reruns 1", "--reruns is for --validate"),
-    "negative reruns": ("fbs --prompt x --validate json --reruns -1", "--reruns is -1"),
-    "no chat": ("fbs --prompt x --chat", "has no chat template; leave --chat out"),
-    "gateless": ("gateless --prompt x --mode sample", "was made without gates"),
-    "nothing to compare": ("fbs --prompt x --mode dense --compare-dense", "nothing to compare"),
-    "stray seed": ("fbs --prompt x --gate-seed 3", "is for --mode sample"),
-    "negative seed": ("fbs --prompt x --seed -3", "--seed is -3"),
-    "temperature": ("fbs --prompt x --temperature -1", "--temperature is -1.0"),
-    "top-p": ("fbs --prompt x --temperature 1 --top-p 0", "--top-p is 0.0"),
-    "greedy top-p": ("fbs --prompt x --top-p 0.5", "needs --temperature above 0"),
-    "unknown option": ("fbs --prompt x --taus 0.5", "unrecognized arguments: --taus"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_errors_are_one_sentence_and_code_2(
-    places: dict[str, str], capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    line, sentence = ERRORS[name]
-    words = [" " if word == "_" else places.get(word, word) for word in line.split(" ")]
-    words = [word.replace("nowhere.gguf", places["nowhere"] + ".gguf") for word in words]
-    assert main(words) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.endswith("\n") and err.count("\n") == 1 and "Traceback" not in err
-    assert sentence in err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_without_a_device(places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*base(places), "--device", "cuda"]) == 2
-    assert "torch finds no CUDA device" in capsys.readouterr().err
-
-
-def test_verbose_keeps_the_traceback(places: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        main([*base(places), "--max-new-tokens", "0", "--verbose"])
 
 
 def test_a_gateless_model_runs_dense(

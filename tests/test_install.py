@@ -64,7 +64,8 @@ class Machine:
             timeout=60,
         )
 
-    def refuses(self, *words: str, **settings: str) -> None:
+    def assert_refused(self, *words: str, **settings: str) -> None:
+        """Exit code 1, one sentence with these words, and nothing was made or run."""
         done = self.run(VENV="made", **settings)
         assert done.returncode == 1 and done.stdout == ""
         assert done.stderr.startswith("install: ") and done.stderr.count("\n") == 1
@@ -79,8 +80,8 @@ def machine(tmp_path: Path) -> Machine:
 
 def test_a_machine_without_a_compiler(machine: Machine) -> None:
     """With the real interpreter that runs this test."""
-    machine.refuses("no C++ compiler was found", "apt install g++", ACCEL="cpu")
-    machine.refuses("no C++ compiler was found", "name it with CXX", ACCEL="cuda")
+    machine.assert_refused("no C++ compiler was found", "apt install g++", ACCEL="cpu")
+    machine.assert_refused("no C++ compiler was found", "name it with CXX", ACCEL="cuda")
 
 
 @pytest.mark.parametrize("present", [[], ["g++"], ["g++", "clang++"]], ids=str)
@@ -88,18 +89,18 @@ def test_a_compiler_that_is_named_but_missing(machine: Machine, present: list[st
     machine.python()
     for name in present:
         machine.program(name)
-    machine.refuses("no C++ compiler was found", ACCEL="cpu", CXX="no-such-compiler")
+    machine.assert_refused("no C++ compiler was found", ACCEL="cpu", CXX="no-such-compiler")
 
 
 @pytest.mark.parametrize("accel", ["tpu", "CPU", "cuda "])
 def test_an_unknown_accelerator(machine: Machine, accel: str) -> None:
-    machine.refuses(f"ACCEL is '{accel}'; set it to cpu or cuda", ACCEL=accel)
+    machine.assert_refused(f"ACCEL is '{accel}'; set it to cpu or cuda", ACCEL=accel)
 
 
 def test_an_interpreter_that_is_not_there(machine: Machine) -> None:
-    machine.refuses("'not-there' was not found", "Python 3.11 or 3.12", PYTHON="not-there")
+    machine.assert_refused("'not-there' was not found", "Python 3.11 or 3.12", PYTHON="not-there")
     (machine.bin / "python3").unlink()
-    machine.refuses("'python3' was not found", "PYTHON=/path/to/python3.11")
+    machine.assert_refused("'python3' was not found", "PYTHON=/path/to/python3.11")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_an_interpreter_that_is_not_there(machine: Machine) -> None:
 def test_interpreters_that_will_not_do(machine: Machine, name: str, lacks: str, words: str) -> None:
     machine.python(name, version="3.9.2", lacks=lacks)
     machine.program("g++")
-    machine.refuses(words, ACCEL="cpu", PYTHON=name)
+    machine.assert_refused(words, ACCEL="cpu", PYTHON=name)
 
 
 def test_the_version_check_is_a_check_of_the_version(machine: Machine) -> None:

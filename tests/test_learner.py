@@ -1,12 +1,10 @@
-"""The PPO learner on tiny real models: what it computes, what it leaves alone, that it learns, that it resumes."""
+"""Updates of the PPO learner on tiny real models: what one computes, what it leaves alone, that it learns."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,195 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fbs_rl.config import from_tree, to_tree
-from fbs_rl.gate_bundle import GateParts, gate_tensors
 from fbs_rl.model.flops import count_trace
-from fbs_rl.rl.collapse import CollapseError, CollapseGuard
-from fbs_rl.rl.gate_policy import GatePolicy
-from fbs_rl.rl.learner import PPOLearner
-from fbs_rl.rl.learner_settings import (
-    PRESETS,
-    CollapseLimits,
-    LearnerSettings,
-    MismatchLimits,
-    Trains,
-)
-from fbs_rl.rl.mismatch import MismatchError, MismatchSums
-from fbs_rl.rl.ranks import Ranks
+from fbs_rl.rl.collapse import CollapseError
+from fbs_rl.rl.learner_settings import PRESETS, LearnerSettings, Trains
 from fbs_rl.rl.rollout import EpisodeRollout
-from fbs_rl.rl.trainable import frozen_digest, set_trainable
+from fbs_rl.rl.trainable import set_trainable
 from fbs_rl.rl.update_plan import plan_update
-from tests.gate_rollouts import Question, make_episodes, make_questions
-from tests.tiny import LAYERS, NOOP, enliven, fresh, lively
-
-FREE = 9.0
-"""A KL limit that no gate of these tests reaches."""
-
-
-def made(**options: Any) -> Any:
-    """A model of the test's own, whose modules all act."""
-    return enliven(fresh(**options))
-
-
-def learner(model: Any, ranks: Ranks | None = None, **tree: Any) -> PPOLearner:
-    quick = {"lr_gates": 1e-3, "lr_paw": 1e-3, "minibatches": 2, "epochs": 2, "target_kl": None}
-    return PPOLearner(model, from_tree(LearnerSettings, {**quick, **tree}), 7, ranks)
-
-
-@lru_cache
-def questions(count: int = 3) -> tuple[Question, ...]:
-    return tuple(make_questions(lively(), count, tokens=8))
-
-
-@lru_cache
-def episodes(step: int = 0, protected: float = 0.2) -> tuple[EpisodeRollout, ...]:
-    """Three rollouts of three questions under the gates of `lively()`, which `made()` starts with."""
-    return tuple(make_episodes(lively(), questions(), 3, step, protected=protected))
-
-
-def saved(state: dict[str, Any]) -> dict[str, Any]:
-    """What comes back from a file."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-# --- settings, plan, what trains ------------------------------------------------------------------------------
-
-
-def test_presets_are_trees_of_settings() -> None:
-    assert from_tree(LearnerSettings, PRESETS["default"]) == LearnerSettings()
-    paper = from_tree(LearnerSettings, PRESETS["paper"])
-    assert paper.has_critic and not paper.dense_is_fixed and not LearnerSettings().has_critic
-    assert paper.bundle_parts is GateParts.GATES_AND_PAW
-    assert LearnerSettings().bundle_parts is GateParts.GATES and LearnerSettings().dense_is_fixed
-    assert from_tree(LearnerSettings, to_tree(paper)) == paper
-
-
-@pytest.mark.parametrize(
-    ("tree", "sentence"),
-    [
-        ({"epochs": 0}, "epochs is 0; it must be above 0"),
-        ({"lr_gates": -1.0}, "lr_gates is -1.0; give 0 or more"),
-        ({"lr_gates": 0.0}, "nothing would train"),
-        ({"target_kl": 0.0}, "null for no early stop"),
-        ({"curriculum_frac": 2.0}, "curriculum_frac is 2.0"),
-        ({"self_test": {"tokens": 0}}, "self_test.tokens is 0"),
-        ({"self_test": {"kl": -1.0}}, "self_test.kl is -1.0"),
-        ({"collapse": {"prob_low": 0.6, "prob_high": 0.5}}, "the lower first"),
-        ({"collapse": {"patience": 0}}, "collapse.patience is 0"),
-        ({"runtime": {"precision": "fp16"}}, "runtime.precision is 'fp16'"),
-        ({"runtime": {"threads": 0}}, "runtime.threads is 0"),
-        ({"lr_gate": 1.0}, "did you mean lr_gates"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(tree: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        from_tree(LearnerSettings, tree)
-
-
-def test_an_update_is_planned_by_its_number() -> None:
-    config = lively().config
-    tree = {
-        "updates": 11, "never_skip": [-1], "temperature_end": 0.4, "temperature_frac": 0.5,
-        "lr_final_frac": 0.0, "entropy_final_frac": 0.5, "curriculum_frac": 0.4,
-    }  # fmt: skip
-    settings = from_tree(LearnerSettings, tree)
-    plans = [plan_update(step, settings, config) for step in (*range(11), 30)]
-    assert [p.policy.temperature for p in plans[:6]] == [1.0] * 6
-    assert [round(p.policy.temperature, 6) for p in plans[6:]] == [.88, .76, .64, .52, .4, .4]  # fmt: skip
-    assert [round(p.lr_scale, 6) for p in plans[::5]] == [1.0, 0.5, 0.0]
-    assert [p.entropy_scale for p in plans[::5]] == [1.0, 0.75, 0.5]
-    # The middle third of 8 layers is 3 and 4; the boundary layer is 2; the last never skips.
-    assert plans[0].never_skip == (0, 1, 2, 5, 6, 7) and plans[0].deciding == (3, 4)
-    assert plans[5].never_skip == (2, 7) and plans[5].deciding == (0, 1, 3, 4, 5, 6)
-    free = [len(plan.deciding) for plan in plans]
-    assert free == sorted(free)
-    with pytest.raises(ValueError, match="no layer may skip in update 0"):
-        plan_update(0, replace(settings, never_skip=tuple(range(LAYERS))), config)
-
-
-def test_what_trains_is_what_a_bundle_carries() -> None:
-    model = made()
-    for trains, parts in ((Trains.GATES, "gates"), (Trains.GATES_AND_PAW, "gates+paw")):
-        found = set_trainable(model, trains)
-        wanted = gate_tensors(model, parts)
-        assert found.keys() == wanted.keys()
-        assert all(found[name] is wanted[name] for name in wanted)
-        assert {n for n, p in model.named_parameters() if p.requires_grad} == found.keys()
-    window = set_trainable(model, Trains.GATES_AND_WINDOW).keys()
-    extra = {name.split(".paw.")[1] for name in window if ".skip_gate." not in name}
-    assert extra == {"window_in.weight", "window_out.weight", "window_out.bias"}
-
-
-def test_models_without_the_parts_are_refused() -> None:
-    with pytest.raises(ValueError, match="no gates to train"):
-        set_trainable(fresh(gate=False), Trains.GATES)
-    with pytest.raises(ValueError, match="no such part of PAW; set trains to gates"):
-        set_trainable(fresh(paw_window="fixed"), Trains.GATES_AND_WINDOW)
-
-
-def test_the_digest_sees_every_frozen_tensor_and_no_trained_one() -> None:
-    model = made()
-    trained = set_trainable(model, Trains.GATES)
-    before = frozen_digest(model, trained)
-    with torch.no_grad():
-        for parameter in trained.values():
-            parameter.add_(1.0)
-        assert frozen_digest(model, trained) == before
-        for name in ("model.norm.weight", "model.layers.4.paw.strength", "model.preview.log_prior_N"):  # fmt: skip
-            tensor = model.state_dict()[name]
-            tensor.flatten()[0].add_(1e-3)
-            assert frozen_digest(model, trained) != before
-            tensor.flatten()[0].sub_(1e-3)
-
-
-# --- self-test ------------------------------------------------------------------------------------------------
-
-
-def test_the_self_test_passes_on_own_rollouts_and_fails_on_others() -> None:
-    whole, limits = episodes(), MismatchLimits(logp_max=1e-4, kl=1e-8, flip_frac=0.0)
-    own = learner(made()).self_test(whole, limits)
-    traces = [segment.trace for episode in whole for segment in episode.segments]
-    assert own.columns == sum(int((t.protected_T == 0).sum()) for t in traces)
-    assert own.decisions == own.columns * (LAYERS - 1)
-    with pytest.raises(ValueError, match=f"saw {own.columns} gate columns and needs 5000"):
-        learner(made()).self_test(whole, replace(limits, tokens=5000))
-    model = made()
-    with torch.no_grad():
-        model.model.layers[4].skip_gate.out.bias += 0.3
-    with pytest.raises(
-        MismatchError, match=r"their \|Δ log p\| is 0\.\d+, above 0\.0001; give both"
-    ):
-        learner(model).self_test(whole, limits)
-    # The gates agree, but decisions were drawn with another policy than the plan's.
-    other = learner(made(), policy={"low": 0.3, "high": 0.7})
-    with pytest.raises(MismatchError, match="share of flipped decisions"):
-        other.self_test(whole, MismatchLimits(logp_max=1e-4, kl=1e-8, flip_frac=0.02))
-
-
-def test_mismatch_figures_by_hand() -> None:
-    policy = GatePolicy(low=0.1, high=0.9)  # p_b = 0.1 + 0.8 p
-    theirs, mine = torch.tensor([0.5, 0.5, 0.25, 0.0]), torch.tensor([0.5, 0.75, 0.25, 0.9])
-    skip, uniform = torch.tensor([True, False, True, True]), torch.tensor([0.4, 0.55, 0.2, 0.5])
-    decides = torch.tensor([True, True, True, False])
-    sums = MismatchSums(torch.device("cpu"))
-    whole = (decides, skip, theirs, mine, uniform)
-    for part in (slice(0, 1), slice(1, 4)):
-        one, two, three, four, five = (tensor[part].view(1, 1, -1) for tensor in whole)
-        sums.add(one, two, three, four, five, policy)
-    found = sums.total(Ranks())
-    # Only the second decision differs: p_b 0.5 against 0.7; at u = 0.55 it would skip instead of run.
-    kl = 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)
-    assert (found.columns, found.decisions) == (3, 3)
-    assert found.logp_max == pytest.approx(math.log(0.5 / 0.3))
-    assert found.kl == pytest.approx(kl / 3, rel=1e-5)
-    assert found.flip_rate == pytest.approx(1 / 3)
-    broken = replace(found, columns=64, logp_max=math.nan)
-    with pytest.raises(MismatchError, match="is nan"):
-        broken.check(MismatchLimits())
-
+from tests.gate_rollouts import make_episodes, make_questions
+from tests.learners import FREE, episodes, learner, made, questions
+from tests.tiny import LAYERS, NOOP, lively
 
 # --- an update --------------------------------------------------------------------------------------------------
 
@@ -439,69 +257,3 @@ def test_gates_paid_for_quality_alone_skip_less() -> None:
     """Without pay for being better than the dense pass, which on a few fixed tokens gates can learn to be."""
     found = skip_rates(10, reward={"beta": 0.0, "lam": 1.0, "only_increase": True})
     assert found[-1] < found[0] - 0.1, found
-
-
-# --- collapse ----------------------------------------------------------------------------------------------------
-
-
-def test_the_guard_counts_updates_in_a_row() -> None:
-    guard = CollapseGuard(CollapseLimits(patience=3))
-    for prob in (0.999, 0.999, 0.5, 0.999, 0.001):
-        guard.check({0: 0.5, 4: prob}, 0.1)
-    with pytest.raises(CollapseError, match=r"layer 4 .* for 3 updates \(now 0\.9980\)"):
-        guard.check({0: 0.5, 4: 0.998}, 0.1)
-    with pytest.raises(CollapseError, match=r"0\.600 nats a decision from the reference, above 0\.5"):  # fmt: skip
-        CollapseGuard(CollapseLimits()).check({0: 0.5}, 0.6)
-
-
-def test_a_gate_that_always_skips_ends_the_run() -> None:
-    model = made()
-    with torch.no_grad():
-        model.model.layers[5].skip_gate.out.bias.fill_(60.0)
-    stuck = learner(model, collapse={"patience": 2})
-    whole = make_episodes(model, questions(), 2)
-    stuck.update(whole, 0)
-    with pytest.raises(CollapseError, match="the gate of layer 5 "):
-        stuck.update(whole, 1)
-
-
-# --- resume ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("preset", list(PRESETS))
-def test_a_learner_resumed_from_its_state_is_the_one_left_alone(preset: str) -> None:
-    """To the bit, figures and weights."""
-
-    def run(told: PPOLearner, steps: range) -> list[tuple[str, dict[str, Any]]]:
-        return [(told.bundle(0).digest, told.update(episodes(step), step)) for step in steps]
-
-    whole = learner(made(), **PRESETS[preset])
-    found = run(whole, range(1))
-    state = saved(whole.state_dict())
-    wanted = run(whole, range(1, 3))
-    again = learner(made(), **PRESETS[preset])
-    again.load_state_dict(state)
-    assert run(again, range(1, 3)) == wanted
-    assert again.bundle(0).digest == whole.bundle(0).digest
-    assert again.counters == whole.counters and again.counters["updates"] == 3
-    assert len({digest for digest, _ in found + wanted}) == 3
-
-
-def test_states_of_other_learners_are_refused() -> None:
-    state = saved(learner(made()).state_dict())
-    with pytest.raises(ValueError, match="belongs to another backbone"):
-        learner(enliven(fresh(), seed=6)).load_state_dict(state)
-    with pytest.raises(ValueError, match="had seed 7, not 8"):
-        PPOLearner(made(), LearnerSettings(), 8).load_state_dict(state)
-    with pytest.raises(ValueError, match="trained other parameters"):
-        critic = {"credit": "episode", "baseline": "critic"}
-        learner(made(), advantages=critic).load_state_dict(state)
-
-
-def test_a_reference_can_be_given() -> None:
-    other = enliven(fresh(), seed=6)
-    told = learner(made(), collapse={"kl_max": FREE})
-    told.load_reference(gate_tensors(other, "gates"))
-    assert told.update(episodes(), 0)["ppo/kl_ref"] > 0.01
-    with pytest.raises(ValueError, match="the reference differs in"):
-        told.load_reference(gate_tensors(other, "gates+paw"))

@@ -126,9 +126,8 @@ def test_damaged_folders_are_refused(stage1: Path, tmp_path: Path) -> None:
         worker(stage1, tmp_path / "learner")
 
 
-def test_a_device_that_is_not_there_is_refused_at_once() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="finds no CUDA device on this node"):
         PPOLearnerWorker(0, 1, {"runtime": {"device": "cuda"}}, SEED)
 

@@ -23,39 +23,8 @@ from fbs_rl.rl.ppo_loss import (
     log_probability,
     ppo_loss,
 )
+from tests.loss_inputs import BARE, COLUMNS, POLICY, ROWS, SHAPE, draw, random_inputs, some_mask
 from tests.tiny import lively
-
-LAYERS, ROWS, COLUMNS = 3, 4, 5
-SHAPE = (LAYERS, ROWS, COLUMNS)
-POLICY = GatePolicy(bound=ProbabilityBound.CLIP)
-BARE = PPOLossSettings(entropy_coef=0.0, kl_coef=0.0)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random_inputs(seed: int = 0, moved: float = 0.5, **others: Any) -> tuple[Tensor, LossInputs]:
-    """Logits (the leaf), and inputs whose policy has moved from the one that sampled."""
-    old_LBT = draw(*SHAPE, seed=seed)
-    logit_LBT = (old_LBT + moved * draw(*SHAPE, seed=seed + 1)).requires_grad_()
-    skip_LBT = draw(*SHAPE, seed=seed + 2) > 0
-    inputs = LossInputs(
-        prob_LBT=logit_LBT.sigmoid(),
-        skip_LBT=skip_LBT,
-        old_logp_LBT=log_probability(POLICY.probability(old_LBT.sigmoid()), skip_LBT),
-        decides_LBT=torch.ones(SHAPE, dtype=torch.bool),
-        advantage_BT=draw(ROWS, COLUMNS, seed=seed + 3),
-    )
-    return logit_LBT, replace(inputs, **others)
-
-
-def some_mask(seed: int = 0) -> Tensor:
-    """Not everywhere; one column and one row hold no decision."""
-    decides_LBT = draw(*SHAPE, seed=seed + 40) > -0.3
-    decides_LBT[:, 1, 2] = False
-    decides_LBT[:, 3] = False
-    return decides_LBT
 
 
 def cleanrl_loss(
@@ -235,57 +204,6 @@ def test_clipped_bounds_stop_the_surrogate_and_mixed_ones_do_not() -> None:
                 ppo_loss(still, options, policy).loss, logit, retain_graph=True
             )
             assert (gradient * logit > 0).all()
-
-
-# --- analytic compute gradient ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ratio", list(Ratio))
-def test_analytic_compute_gradient_is_the_expected_one(ratio: Ratio) -> None:
-    """At the sampling policy: −Σ c ∂p/∂logit over the units' number, and no value of its own."""
-    gain_LBT = draw(*SHAPE, seed=6).abs()
-    decides_LBT = some_mask()
-    logit_LBT, inputs = random_inputs(moved=0.0, decides_LBT=decides_LBT, skip_gain_LBT=gain_LBT)
-    inputs = replace(inputs, advantage_BT=torch.zeros(ROWS, COLUMNS))
-    options = replace(BARE, ratio=ratio)
-    found = ppo_loss(inputs, options, POLICY)
-    assert found.loss.item() == pytest.approx(0.0, abs=1e-6)
-    (gradient,) = torch.autograd.grad(found.loss, logit_LBT)
-    prob_LBT = logit_LBT.detach().sigmoid()
-    units = StepCounts.of(decides_LBT, ratio).units
-    wanted = -gain_LBT * prob_LBT * (1 - prob_LBT) / units
-    assert torch.allclose(gradient, torch.where(decides_LBT, wanted, 0.0), atol=1e-6)
-
-
-def test_analytic_gradient_is_the_mean_of_the_sampled_one() -> None:
-    """Over both actions of one gate, weighted by their probability: what it replaces, without its noise."""
-    prob = torch.tensor([[[0.3]]], requires_grad=True)
-    decides = torch.ones(1, 1, 1, dtype=torch.bool)
-    gain, expected = 0.7, 0.0
-    for skip in (True, False):
-        skip_LBT = torch.full((1, 1, 1), skip)
-        logp_LBT = log_probability(prob, skip_LBT)
-        advantage_BT = torch.tensor([[gain if skip else 0.0]])
-        inputs = LossInputs(prob, skip_LBT, logp_LBT.detach(), decides, advantage_BT)
-        (sampled,) = torch.autograd.grad(ppo_loss(inputs, BARE, POLICY).loss, prob)
-        expected += float(sampled) * float(logp_LBT.detach().exp())
-        analytic = replace(
-            inputs, advantage_BT=torch.zeros(1, 1), skip_gain_LBT=torch.full((1, 1, 1), gain)
-        )
-        (exact,) = torch.autograd.grad(ppo_loss(analytic, BARE, POLICY).loss, prob)
-        assert float(exact) == pytest.approx(-gain)
-    assert expected == pytest.approx(-gain)
-
-
-def test_analytic_gradient_stops_where_the_ratio_is_clipped() -> None:
-    """p_old = 0.5 and clip 0.2: at p = 0.61 both ratios, 1.22 and 0.78, are outside."""
-    skip = torch.ones(1, 1, 1, dtype=torch.bool)
-    old = torch.full((1, 1, 1), 0.5).log()
-    for p, wanted in [(0.55, -1.0), (0.61, 0.0), (0.30, -1.0)]:
-        prob = torch.full((1, 1, 1), p, requires_grad=True)
-        inputs = LossInputs(prob, skip, old, skip, torch.zeros(1, 1), None, torch.ones(1, 1, 1))
-        (gradient,) = torch.autograd.grad(ppo_loss(inputs, BARE, POLICY).loss, prob)
-        assert float(gradient) == pytest.approx(wanted)
 
 
 # --- masks and counts ---------------------------------------------------------------------------------

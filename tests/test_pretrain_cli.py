@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from fbs_rl.config import to_tree
@@ -24,7 +25,9 @@ from tests.tiny_training import TOKENS, settings
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cluster is at hand, and this machine has no GPU."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ from fbs_rl.rl.rollout import (
 from fbs_rl.serving.engine_options import EngineOptions, folder_digest
 from fbs_rl.serving.rollout_work import RolloutWork
 from fbs_rl.serving.rollouts import RolloutEngine
-from tests.engine_process import engine_process
+from tests.served_engine import changed_gates, random_prompts
 from tests.served_tiny import make_folder, referee
-from tests.test_serving import changed_gates, random_prompts
 from tests.tiny import NOOP
 
 OPTIONS = EngineOptions(
@@ -62,12 +61,6 @@ def _segment_bits(segment: SegmentRollout) -> tuple[Any, ...]:
     return (
         str(segment.kind), str(segment.sampled_by), segment.prompt_ids, segment.token_ids, numbers, wire
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def there() -> Iterator[Callable[..., Any]]:
-    with engine_process() as run:
-        yield run
 
 
 @pytest.fixture(scope="module")

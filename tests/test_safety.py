@@ -29,7 +29,7 @@ from fbs_rl.model import FBSCache
 from fbs_rl.types import FBSOutput, GateMode
 from tests.small_tokenizer import saveable_tokenizer
 from tests.structure_oracle import structure_of
-from tests.test_generate import LAYERS, tiny_fbs
+from tests.text_models import LAYERS, tiny_fbs
 from tests.tiny import VOCAB, left_padded, lively
 
 # What the tokens of a tiny model say: structure opens and closes often, and prose lies between.

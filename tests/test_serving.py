@@ -3,117 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fbs_rl.gate_bundle import GateBundle, GateParts, gate_tensors
-from tests.engine_process import engine_process
+from tests.served_engine import (
+    LENGTHS,
+    MASKED,
+    differences,
+    generate,
+    padded,
+    random_prompts,
+    serve_and_compare,
+    start,
+)
 from tests.served_tiny import make_folder, referee
-from tests.tiny import NOOP, VOCAB
+from tests.tiny import NOOP
 
-MASKED = {"fbs": {"decode_path": "masked"}}
 CONSENSUS = {"fbs": {"batch": "consensus"}}
-
-
-@pytest.fixture(scope="module")
-def there() -> Iterator[Callable[..., Any]]:
-    with engine_process() as run:
-        yield run
-
-
-# --- over there ---------------------------------------------------------------------------------------
-
-
-def start(folder: Path, **options: Any) -> Any:
-    from vllm import LLM
-
-    settings = {
-        "max_num_seqs": 6, "block_size": 32, "max_model_len": 256, "disable_log_stats": False, **options,
-    }  # fmt: skip
-    llm = LLM(str(folder), skip_tokenizer_init=True, dtype="float32", **settings)
-    poison(llm)
-    return llm
-
-
-def poison(llm: Any) -> None:
-    """Large numbers in every page that nobody wrote: reading one would show."""
-    worker = llm.llm_engine.model_executor.driver_worker.worker
-    for layer in worker.model_runner.get_model().model.layers:
-        layer.self_attn.attn.kv_cache.fill_(1e4)
-
-
-def random_prompts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [[draw.randrange(VOCAB) for _ in range(n)] for n in lengths]
-
-
-LENGTHS = (1, 3, 40, 31, 32, 33, 90, 17)
-
-
-def generate(
-    llm: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[int], options: Sequence[dict[str, Any]],
-    **sampling: Any,
-) -> tuple[list[list[int]], list[Any]]:  # fmt: skip
-    """(tokens, traces) of each prompt; request keys are filled in."""
-    from vllm import SamplingParams
-
-    from fbs_rl.serving.client import take_traces
-
-    keys = [f"key {i}" for i in range(len(prompts))]
-    params = [
-        SamplingParams(
-            max_tokens=n, ignore_eos=True, detokenize=False, extra_args={"request_key": key, **given},
-            **{"temperature": 0, **sampling},
-        )
-        for key, n, given in zip(keys, tokens, options, strict=True)
-    ]  # fmt: skip
-    made = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
-    outputs = [list(m.outputs[0].token_ids) for m in made]
-    traces = take_traces(llm, keys)
-    return outputs, [t.first(len(o) - 1) for t, o in zip(traces, outputs, strict=True)]
-
-
-def differences(
-    model: Any, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], traces: Sequence[Any],
-    gates: Sequence[dict[str, Any]], greedy: bool = True, tolerance: float = 1e-5,
-) -> list[str]:  # fmt: skip
-    """What is not as the referee has it, and the largest difference of a probability above the tolerance."""
-    wrong = []
-    for i, (prompt, output, trace, given) in enumerate(zip(prompts, outputs, traces, gates, strict=True)):  # fmt: skip
-        found = referee(model, prompt, output, **given)
-        if greedy and list(output) != found.chosen:
-            wrong.append(f"tokens of request {i}")
-        if not torch.equal(torch.from_numpy(trace.skip_TL), found.skip_TL):
-            wrong.append(f"actions of request {i}")
-        free_TL = found.prob_TL * (torch.from_numpy(trace.prob_TL) > 0)
-        worst = float((torch.from_numpy(trace.prob_TL) - free_TL).abs().max())
-        if worst > tolerance:
-            wrong.append(f"probability of request {i} by {worst}")
-    return wrong
-
-
-def serve_and_compare(
-    folder: Path, family: str = "llama", sampled: bool = False, engine: dict[str, Any] | None = None,
-    tokens: int = 20, **model_options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Serve eight prompts of awkward lengths and compare with the referee; figures to check that it says something."""
-    model = make_folder(folder, family, **model_options)
-    llm = start(folder, **(engine or {}))
-    prompts = random_prompts(1, LENGTHS)
-    counts = [tokens + 4 * i for i in range(len(prompts))]
-    ours = [{"gate_seed": 7 + i} if sampled else {"tau": 0.5} for i in range(len(prompts))]
-    gates = [{**given, "gates": "sample" if sampled else "threshold"} for given in ours]
-    outputs, traces = generate(llm, prompts, counts, ours)
-    return {
-        "wrong": differences(model, prompts, outputs, traces, gates),
-        "skip": sum(t.skip_TL.sum() for t in traces) / sum(t.skip_TL.size for t in traces),
-        "replayed": sum(t.replayed_tokens for t in traces),
-        "closes": sum(int(t.closes_T.sum()) for t in traces),
-    }
 
 
 # --- equality -----------------------------------------------------------------------------------------
@@ -290,7 +200,7 @@ def serve_consensus(folder: Path, masked: bool, options: dict[str, Any]) -> dict
     decided_TL = mean_TL >= torch.tensor([g["tau"] for g in given]).mean()
     clear_TL = (mean_TL - 0.4833).abs() > 1e-5
     replayed = [
-        referee(model, p, o, gates="replay", skip=_padded(skip_BTL[i], len(p)))
+        referee(model, p, o, gates="replay", skip=padded(skip_BTL[i], len(p)))
         for i, (p, o) in enumerate(zip(prompts, outputs, strict=True))
     ]
     return {
@@ -301,13 +211,6 @@ def serve_consensus(folder: Path, masked: bool, options: dict[str, Any]) -> dict
     }
 
 
-def _padded(skip_TL: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Actions [L, 1, T] of a whole sequence from those of its decoded tokens."""
-    none = skip_TL.new_zeros
-    whole = torch.cat((none(prompt, skip_TL.shape[1]), skip_TL, none(1, skip_TL.shape[1])))
-    return whole.T.unsqueeze(1)
-
-
 @pytest.mark.parametrize("options", [{}, NOOP])
 @pytest.mark.parametrize("masked", [False, True])
 def test_consensus_decides_for_all_rows_by_the_mean(
@@ -316,128 +219,6 @@ def test_consensus_decides_for_all_rows_by_the_mean(
     found = there(serve_consensus, tmp_path / "model", masked, options)
     assert found["agree"] and found["rule"] and found["tokens"], found
     assert 0.1 < found["skip"] < 0.9
-
-
-# --- gates that change --------------------------------------------------------------------------------
-
-
-def changed_gates(model: Any, version: int, parts: str = "gates") -> GateBundle:
-    """Other gates: their last bias shifted up and down from layer to layer, previews scaled."""
-    tensors = {n: t.detach().clone() for n, t in gate_tensors(model, GateParts(parts)).items()}
-    for i, name in enumerate(n for n in tensors if n.endswith("skip_gate.out.bias")):
-        tensors[name] += 0.7 * version * (-1) ** i
-    for name in tensors:
-        if name.endswith("up.weight") and ".paw." in name:
-            tensors[name] *= 1.5
-    return GateBundle.of(version, tensors)
-
-
-def serve_updates_between(folder: Path, parts: str, options: dict[str, Any]) -> dict[str, Any]:
-    from fbs_rl.gate_bundle import apply_bundle
-    from fbs_rl.serving.client import update_gates
-
-    model = make_folder(folder, **options)
-    llm = start(folder, enable_prefix_caching=not options.get("chunk", True))
-    prompts = random_prompts(1, LENGTHS)
-    wrong, versions, skips = [], [], []
-    for version in range(3):
-        if version:
-            bundle = changed_gates(model, version, parts)
-            update_gates(llm, bundle)
-            apply_bundle(dict(model.named_parameters()), bundle)
-            model.model.forget_derived()
-        outputs, traces = generate(llm, prompts, [24] * 8, [{"tau": 0.5}] * 8)
-        gates = [{"gates": "threshold", "tau": 0.5}] * 8
-        wrong += differences(model, prompts, outputs, traces, gates)
-        versions.append({int(v) for t in traces for v in t.version_T})
-        skips.append(b"".join(t.skip_TL.tobytes() for t in traces))
-    return {"wrong": wrong, "versions": versions, "differ": len(set(skips))}
-
-
-@pytest.mark.parametrize("parts", ["gates", "gates+paw"])
-@pytest.mark.parametrize("options", [{}, {"chunk": False, **NOOP}])
-def test_updates_between_generations(
-    there: Callable[..., Any], tmp_path: Path, parts: str, options: dict[str, Any]
-) -> None:
-    found = there(serve_updates_between, tmp_path / "model", parts, options)
-    assert found["wrong"] == []
-    assert found["versions"] == [{0}, {1}, {2}] and found["differ"] == 3
-
-
-def serve_update_within(folder: Path) -> dict[str, Any]:
-    """New gates after a dozen steps: each token's actions are those of the gates that it was fed under."""
-    from vllm import SamplingParams
-
-    from fbs_rl.gate_bundle import apply_bundle
-    from fbs_rl.serving.client import take_traces, update_gates
-
-    model = make_folder(folder)
-    llm = start(folder)
-    engine, prompt = llm.llm_engine, random_prompts(1, [23])[0]
-    options = {"request_key": "x", "tau": 0.5}
-    params = SamplingParams(
-        max_tokens=40, temperature=0, ignore_eos=True, detokenize=False, extra_args=options
-    )
-    engine.add_request("r", {"prompt_token_ids": prompt}, params)
-    bundle, output = changed_gates(model, 1), []
-    for step in range(40):
-        if step == 12:
-            update_gates(llm, bundle)
-        for made in engine.step():
-            output = list(made.outputs[0].token_ids)
-    trace = take_traces(llm, ["x"])[0].first(len(output) - 1)
-    before = referee(model, prompt, output[:12], gates="threshold", tau=0.5)
-    apply_bundle(dict(model.named_parameters()), bundle)
-    skip_TL = torch.from_numpy(trace.skip_TL)
-    whole = referee(model, prompt, output, gates="replay", skip=_padded(skip_TL, len(prompt)))
-    prob_TL = torch.from_numpy(trace.prob_TL)
-    free = prob_TL > 0
-    return {
-        "before": torch.equal(skip_TL[:11], before.skip_TL),
-        "tokens": whole.chosen == output,
-        "after": bool((skip_TL[11:] == ((whole.prob_TL >= 0.5) & free)[11:]).all()),
-        "versions": trace.version_T.tolist(),
-    }
-
-
-def test_an_update_within_a_generation(there: Callable[..., Any], tmp_path: Path) -> None:
-    found = there(serve_update_within, tmp_path / "model")
-    assert found["before"] and found["tokens"] and found["after"], found
-    assert found["versions"] == [0] * 11 + [1] * 28
-
-
-def refuse_bad_gates(folder: Path) -> list[str]:
-    """Sentences for bundles that do not fit; the gates are the old ones after each."""
-    from fbs_rl.serving.client import update_gates
-
-    model = make_folder(folder)
-    llm = start(folder)
-    good = changed_gates(model, 1)
-    name = next(iter(good.tensors))
-    bad = {
-        "name": GateBundle.of(2, {**good.tensors, "model.layers.99.skip_gate.out.bias": torch.zeros(1)}),
-        "shape": GateBundle.of(2, {**good.tensors, name: torch.zeros(3, 3)}),
-        "digest": GateBundle(2, "0" * 64, good.tensors),
-        "finite": GateBundle.of(2, {**good.tensors, name: good.tensors[name] * torch.nan}),
-        "old": GateBundle.of(0, good.tensors),
-    }  # fmt: skip
-    update_gates(llm, good)
-    sentences = []
-    digest = llm.collective_rpc("fbs_gates")[0]
-    for bundle in bad.values():
-        try:
-            update_gates(llm, bundle)
-            sentences.append("accepted")
-        except Exception as error:
-            sentences.append(str(error))
-        assert llm.collective_rpc("fbs_gates")[0] == digest
-    return sentences
-
-
-def test_gates_that_do_not_fit_are_refused(there: Callable[..., Any], tmp_path: Path) -> None:
-    name, shape, digest, finite, old = there(refuse_bad_gates, tmp_path / "model")
-    assert "model.layers.99" in name and "has shape (3, 3)" in shape
-    assert "altered" in digest and "not finite" in finite and "older than 1" in old
 
 
 # --- scoring, structure, memory -----------------------------------------------------------------------

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engine_process import engine_process
+from tests.served_engine import LENGTHS, changed_gates, differences, generate, random_prompts, start
 from tests.served_tiny import make_folder
-from tests.test_serving import (
-    LENGTHS,
-    changed_gates,
-    differences,
-    generate,
-    random_prompts,
-    start,
-)
-
-
-@pytest.fixture(scope="module")
-def there() -> Iterator[Callable[..., Any]]:
-    with engine_process() as run:
-        yield run
 
 
 def serve_smollm2(folder: Path) -> dict[str, Any]:

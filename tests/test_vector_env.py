@@ -24,9 +24,9 @@ from fbs_rl.rl.reward import RewardSettings, Sampler
 from fbs_rl.rl.rollout import EpisodeRollout, RolloutSettings, RolloutTask
 from tests.letters import Letters, question
 from tests.ray_cluster import LocalCluster
+from tests.served_engine import random_prompts
 from tests.served_tiny import make_folder
 from tests.test_rollouts import OPTIONS, bits
-from tests.test_serving import random_prompts
 
 NEW = 16
 END = 7
