@@ -21,9 +21,8 @@ from envs.decode_env import Action, DecodeEnv
 from envs.observation import Observation
 from envs.settings import PolicyCost
 
-_PRIOR = (
-    0.1  # deviation of a weight: a few questions have about as many columns as there are features
-)
+_PRIOR = 0.1
+"""Deviation of a weight: a few questions have about as many columns as there are features."""
 _STEPS = 200
 
 

@@ -45,7 +45,7 @@ class EnvSettings:
         for name in ("max_new_tokens", "state_features"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}; give 0 (greedy) or more")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(

@@ -83,10 +83,10 @@ def make_plan(settings: PPOSettings, tokenizer: Any) -> RolloutPlan:
     room = settings.fleet.max_model_len
     for name, tokens in encoded.items():
         whole = len(tokens.prompt_ids) + len(tokens.answer_ids)
-        if whole > room:
+        if whole >= room:  # engines make one token behind a text that they score
             raise ValueError(
-                f"question {name} and its answer have {whole} tokens, more than fleet.max_model_len ({room}); "
-                f"raise it or lower questions.max_prompt_tokens"
+                f"question {name} and its answer have {whole} tokens, which with one more is more than "
+                f"fleet.max_model_len ({room}); raise it or lower questions.max_prompt_tokens"
             )
     if settings.episodes.prompts > len(pool.train):
         raise ValueError(

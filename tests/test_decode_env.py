@@ -387,7 +387,8 @@ def test_mistakes_in_calls_are_named() -> None:
             env.step(action)
     with pytest.raises(ValueError, match="not finished"):
         env.outcomes()
-    for name, value in (("max_new_tokens", 0), ("temperature", -1), ("max_steps", 0)):
+    values = (("max_new_tokens", 0), ("temperature", -1), ("temperature", np.nan), ("max_steps", 0))
+    for name, value in values:
         wrong: dict[str, Any] = {name: value}
         with pytest.raises(ValueError, match=name):
             EnvSettings(**wrong)

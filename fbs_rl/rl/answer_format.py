@@ -36,9 +36,7 @@ class Turn(StrEnum):
     """How the prompt reaches the model."""
 
     COMPLETION = "completion"  # as it is
-    CHAT = (
-        "chat"  # as a user's message in the tokenizer's chat template; the answer begins the reply
-    )
+    CHAT = "chat"  # a user's message in the tokenizer's chat template; the answer begins the reply
 
 
 class Heading(StrEnum):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fbs_rl.rl.advantages import Baseline
 from fbs_rl.rl.answer_format import AnswerFormat, Heading, Turn
-from fbs_rl.rl.gate_policy import GatePolicy
+from fbs_rl.rl.gate_policy import GatePolicy, ProbabilityBound
 from fbs_rl.rl.learner_settings import LearnerSettings
 from fbs_rl.rl.reward import Sampler
 from fbs_rl.rl.rollout import RolloutSettings
@@ -98,7 +99,7 @@ class FleetSettings:
     max_model_len: int = 1024
     """Longest prompt and continuation together, in tokens."""
     kv_cache_gib: float = 1
-    """Of each engine on a CPU."""
+    """Keys and values that each engine has room for; what does not fit is made again later."""
     start_deadline_s: float = 600
     call_deadline_s: float = 1800
     max_replacements: int = 3
@@ -133,6 +134,7 @@ class HeldoutSettings:
 
     def __post_init__(self) -> None:
         require_above_zero("evaluation", self, "every_steps", "questions")
+        require_not_negative("evaluation", self, "example_episodes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,8 +169,21 @@ class PPOSettings:
         if not 0 < self.start_skip < 1:
             raise ValueError(f"start_skip is {self.start_skip}; it must lie between 0 and 1")
         longest = self.questions.max_prompt_tokens + self.episodes.max_new_tokens
-        if longest > self.fleet.max_model_len:
+        # Engines make one token behind a text that they score.
+        if longest >= self.fleet.max_model_len:
             raise ValueError(
-                f"questions.max_prompt_tokens and episodes.max_new_tokens are {longest} tokens together, "
-                f"more than fleet.max_model_len ({self.fleet.max_model_len}); lower them or raise it"
+                f"questions.max_prompt_tokens and episodes.max_new_tokens are {longest} tokens together, which with "
+                f"one more is more than fleet.max_model_len ({self.fleet.max_model_len}); lower them or raise it"
+            )
+        baseline = self.learner.advantages.baseline
+        if self.episodes.samples < 2 and baseline in (Baseline.LEAVE_ONE_OUT, Baseline.GROUP):
+            raise ValueError(
+                f"episodes.samples is 1, but learner.advantages.baseline {baseline!s} compares episodes of one "
+                f"question; give at least 2, or another baseline"
+            )
+        bound = self.learner.policy.bound
+        if bound is not ProbabilityBound.MIX:
+            raise ValueError(
+                f"learner.policy.bound is {bound!s}, but rollout engines draw with {ProbabilityBound.MIX!s} only; "
+                f"leave it out"
             )

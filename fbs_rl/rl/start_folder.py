@@ -15,7 +15,9 @@ from fbs_rl.data.sequences import cut_sequences
 from fbs_rl.model.backbone import ModelSource, check_family
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.gate_fit import centre_gates, fit_in_closed_form
+from fbs_rl.rl.learner_settings import Trains
 from fbs_rl.rl.ppo_settings import PPOSettings
+from fbs_rl.rl.update_plan import plan_update
 
 _WINDOWS, _TOKENS = 2, 128
 """Windows of each language of the shipped text that gates are fitted on, and their length."""
@@ -35,6 +37,11 @@ def check_start(settings: PPOSettings) -> FBSConfig:
         config = FBSConfig.preset(settings.preset).bound_to(config)
     if not config.gate:
         raise ValueError(f"{settings.model} has no gates, so there is nothing for PPO to train")
+    if settings.learner.trains is not Trains.GATES and not config.paw:
+        raise ValueError(
+            f"learner.trains is {settings.learner.trains!s}, but {settings.model} has no PAW; set it to gates"
+        )
+    plan_update(0, settings.learner, config)  # the update in which the fewest layers may skip
     if config.segment_position:
         raise ValueError(f"{settings.model} adds segment positions, which the rollout engines do not know")  # fmt: skip
     if settings.fleet.max_model_len > config.max_position_embeddings:
