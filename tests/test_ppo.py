@@ -148,6 +148,7 @@ def test_steps_that_are_not_finite_stop_the_run(root: Path, ray_cluster: LocalCl
     """A learning rate that throws the gates out of range in the first update; exit code 1, no checkpoint is trusted."""
     run, words = root / "wild", ("lr_gates=1e37", "collapse.kl_max=1e30", "collapse.patience=99")
     given = ["--config", str(root / "run.yaml"), "--out", str(run), "--set", "max_bad_steps=1"]
+    given += ["--set", "fleet.engines=1"]
     for word in words:
         given += ["--set", f"learner.{word}"]
     driver = ray_cluster.command(*given, module="fbs_rl.ppo")
@@ -171,7 +172,10 @@ def test_a_terminated_run_without_a_cluster_ends_after_its_step(root: Path) -> N
     run = root / "terminated"
     environment = {n: v for n, v in os.environ.items() if n != "RAY_ADDRESS"}
     driver = subprocess.Popen(
-        [sys.executable, "-m", "fbs_rl.ppo", "--config", str(root / "run.yaml"), "--out", str(run)],
+        [
+            sys.executable, "-m", "fbs_rl.ppo", "--config", str(root / "run.yaml"), "--out", str(run),
+            "--set", "fleet.engines=1",
+        ],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     _until(lambda: _steps(run) >= 1, driver)
