@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from actors.cluster import connect
 from actors.fleet import FleetSettings, RolloutFleet
 from actors.gang import Gang, RankResources
 from actors.ppo_learner import PPOLearnerWorker
@@ -130,7 +131,7 @@ def end_tokens(config: FBSConfig, tokenizer: Any) -> tuple[int, ...]:
 
 @contextmanager
 def open_session(request: Request, store: CheckpointStore, say: Say) -> Iterator[PPOSession]:
-    """A session on the connected cluster, from the newest whole checkpoint or from step 0; leaving it kills its actors.
+    """A session from the newest whole checkpoint, or from step 0; its actors are killed on leaving.
 
     Raises GangFailure if they could not be started within the deadlines.
     """
@@ -140,6 +141,7 @@ def open_session(request: Request, store: CheckpointStore, say: Say) -> Iterator
         folder = str(make_start(settings, run / "start", say))
     checkpoint = store.newest(say)
     fleet_settings = settings.fleet
+    connect(fleet_settings.cpus)
     device = _device(settings)
     gang = _gather(settings, run.name, device)
     try:
