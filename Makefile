@@ -1,4 +1,5 @@
 VENV ?= .venv
+JOBS ?= 2
 STAMP := $(VENV)/.installed
 PY := $(VENV)/bin/python
 
@@ -6,8 +7,8 @@ PY := $(VENV)/bin/python
 
 run: $(STAMP)            ## the quickstart: SmolLM2-135M learns where it may skip, measured
 	$(PY) -m fbs_rl.quickstart
-test: $(STAMP)           ## the CPU test suite
-	$(PY) -m pytest
+test: $(STAMP)           ## the CPU test suite, JOBS files at a time
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 check: $(STAMP)          ## lint, format, types, import contracts
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

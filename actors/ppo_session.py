@@ -110,6 +110,7 @@ class PPOSession:
 
     def _heldout(self, rollout: RolloutSettings) -> list[ScoredEpisode]:
         episodes = self._rolled(self.request.plan.heldout(), rollout)
+        self.fleet.take_figures()  # those of updates are kept apart
         reward = self.settings.learner.reward
         return [score_episode(episode, self.config, reward) for episode in episodes]
 

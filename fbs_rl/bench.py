@@ -1,6 +1,6 @@
 """python -m fbs_rl.bench decode: time per decoding step on this machine, dense against skipping.
 
-`python -m fbs_rl.bench train` is in bench_train.py, `python -m fbs_rl.bench vllm` in bench_serving.py.
+`python -m fbs_rl.bench train` is in bench_train.py, `vllm` in bench_serving.py, `ppo` in bench_ppo.py.
 
 All variants run in one process and take turns, one step each, so that a busy machine slows them alike;
 figures are medians, and ratios are of medians. Forced rates: the gates are computed in full, but their
@@ -56,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         from fbs_rl.bench_serving import main as serving
 
         return serving(given[1:])
+    if given[:1] == ["ppo"]:
+        from fbs_rl.bench_ppo import main as ppo
+
+        return ppo(given[1:])
     arguments = _parser().parse_args(given)
     try:
         _check(arguments)

@@ -56,7 +56,7 @@ Channel: TypeAlias = (
 
 _START_S = 1200.0  # compiling a model for stock vLLM takes minutes on a busy machine
 _ROUND_S = 600.0
-_SETTLED = {
+SETTLED = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # one core for all would be shared with whoever else is on it
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     if arguments.json:
-        made = {"settings": vars(arguments), "host": _host(), "rows": [asdict(r) for r in rows]}
+        made = {"settings": vars(arguments), "host": host(), "rows": [asdict(r) for r in rows]}
         print(json.dumps(made))
     else:
         print(table(rows, arguments))
@@ -224,12 +224,12 @@ def _variants(engines: dict[str, Any], batch: int, skips: Sequence[float]) -> li
 def _running(name: str, spec: EngineSpec, threads: int) -> Iterator[Channel]:
     """The connection to a started engine, which ends with the context."""
     ours, theirs = get_context("spawn").Pipe()
-    with _environment({**_SETTLED, "OMP_NUM_THREADS": str(threads)}):
+    with environment({**SETTLED, "OMP_NUM_THREADS": str(threads)}):
         process = get_context("spawn").Process(target=serve_rounds, args=(theirs, spec))
         process.start()
     theirs.close()
     try:
-        _answer(ours, name, "start", _START_S)
+        answer(ours, name, "start", _START_S)
         yield ours
     finally:
         ours.close()
@@ -239,7 +239,7 @@ def _running(name: str, spec: EngineSpec, threads: int) -> Iterator[Channel]:
 
 
 @contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
+def environment(settings: dict[str, str]) -> Iterator[None]:
     """A new process reads them before it imports anything."""
     before = dict(os.environ)
     os.environ.update(settings)
@@ -250,7 +250,7 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _answer(connection: Channel, engine: str, doing: str, limit_s: float) -> Any:
+def answer(connection: Channel, engine: str, doing: str, limit_s: float) -> Any:
     """What the engine sends next. Raises OSError if that is a failure, or nothing in time."""
     if not connection.poll(limit_s):
         raise OSError(f"the engine {engine} did not {doing} within {limit_s:g} s")
@@ -273,7 +273,7 @@ def _take_turns(
         for variant in [*variants[at:], *variants[:at]]:
             connection = engines[variant.engine]
             connection.send(RoundSpec(batch, variant.share, variant.apart))
-            done = _answer(connection, variant.engine, f"generate for {batch} rows", _ROUND_S)
+            done = answer(connection, variant.engine, f"generate for {batch} rows", _ROUND_S)
             if turn >= 0:
                 found[variant.name].append(done)
     return found
@@ -317,7 +317,7 @@ def table(rows: list[Row], arguments: argparse.Namespace) -> str:
     )
     lines = [
         f"{weights}, {arguments.dtype}, prompt {arguments.prompt_tokens}, {arguments.tokens} new tokens, "
-        f"{arguments.rounds} rounds, {arguments.threads} thread(s) an engine, interleaved; {_host()}",
+        f"{arguments.rounds} rounds, {arguments.threads} thread(s) an engine, interleaved; {host()}",
         "",
         "| preset | batch | variant | layers skipped | FLOPs | CPU ms/step | wall ms/step | tokens/s "
         "| first / this, CPU | wall | bound by bytes |",
@@ -335,7 +335,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _host() -> str:
+def host() -> str:
     load = ", ".join(f"{part:.1f}" for part in os.getloadavg())
     machine = platform.processor() or platform.machine()
     return f"{machine}, {os.cpu_count()} cores, load {load}, torch {torch.__version__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,11 +33,14 @@ class Texts:
 
 @dataclass(slots=True)
 class SkipComparison:
-    """rows: quality by (variant, asked ratio) and language. taus: of the gates measured last, by ratio."""
+    """rows: quality by (variant, asked ratio) and language; no ratio where the model's own threshold decided.
+
+    taus: of the gates measured last, by ratio.
+    """
 
     texts: Texts
     console: Console
-    rows: dict[tuple[str, float], dict[str, SkipQuality]] = field(default_factory=dict)
+    rows: dict[tuple[str, float | None], dict[str, SkipQuality]] = field(default_factory=dict)
     taus: dict[float, float] = field(default_factory=dict)
 
     def add_dense(self, variant: str, model: FBSForCausalLM) -> None:
@@ -50,6 +54,10 @@ class SkipComparison:
             found = calibrate_tau(model, self.texts.fit_NT, start, ratio, steps=BISECTIONS)
             self.taus[ratio] = tau = round(found, 4)
             self._add(variant, ratio, model, lambda _, t=tau: {"gates": "threshold", "tau": t})
+
+    def add_own(self, variant: str, model: FBSForCausalLM) -> None:
+        """The model's own gates, at the threshold that its configuration holds."""
+        self._add(variant, None, model, lambda _: {"gates": "threshold"})
 
     def add_fixed(
         self, variant: str, model: FBSForCausalLM, ratios: list[float], order: list[int]
@@ -74,7 +82,7 @@ class SkipComparison:
     def _add(
         self,
         variant: str,
-        ratio: float,
+        ratio: float | None,
         model: FBSForCausalLM,
         gates: Callable[[Tensor], dict[str, Any]],
     ) -> None:
@@ -106,14 +114,20 @@ class SkipComparison:
         table = Table(title="Held-out perplexity (layers skipped)")
         for heading in ("asked", "variant", *(LANGUAGES[name] for name in self.texts.heldout)):
             table.add_column(heading, justify="left" if heading == "variant" else "right")
-        last = -1.0
-        for (variant, ratio), by_language in sorted(self.rows.items(), key=lambda row: row[0][1]):
-            if ratio != last:
+        shown: set[str] = set()
+        for (variant, ratio), by_language in sorted(self.rows.items(), key=_place):
+            asked = "own" if ratio is None else f"{ratio:.0%}"
+            if asked not in shown:
                 table.add_section()
             cells = [f"{q.perplexity:.1f} ({q.skip_ratio:.0%})" for q in by_language.values()]
-            table.add_row(f"{ratio:.0%}" if ratio != last else "", variant, *cells)
-            last = ratio
+            table.add_row("" if asked in shown else asked, variant, *cells)
+            shown.add(asked)
         return table
+
+
+def _place(row: tuple[tuple[str, float | None], Any]) -> float:
+    ratio = row[0][1]
+    return math.inf if ratio is None else ratio
 
 
 def _replay(skip_LNT: Tensor) -> dict[str, Any]:

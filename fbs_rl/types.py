@@ -218,6 +218,7 @@ class GateRequest:
 
     tau_B: threshold per row. seed_B: noise seed per row (SAMPLE). skip_LBT: actions (REPLAY).
     temperature sharpens p around tau in THRESHOLD mode with gradients; it does not move decisions.
+    noise_LBT: what p is compared with in SAMPLE mode, in place of the seed's own uniform numbers.
     never_skip: layers that always run, in addition to the configuration's.
     """
 
@@ -228,6 +229,7 @@ class GateRequest:
     seed_B: Tensor | None = None
     skip_LBT: Tensor | None = None
     never_skip: frozenset[int] = frozenset()
+    noise_LBT: Tensor | None = None
 
 
 def as_row_vector(

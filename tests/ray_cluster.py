@@ -169,6 +169,17 @@ def wait_for_step(
         raise TimeoutError(f"ended before step {step}: {process.communicate()[0]}")
 
 
+def submitted(cluster: LocalCluster, *command: str, limit_s: float = 600) -> tuple[int, str]:
+    """(exit code, output) of a command run by `ray job submit`."""
+    code, output = 1, ""
+    for _ in range(5):
+        code, output = finish(cluster.submit(*command), limit_s)
+        if "No available agent" not in output:  # of a cluster that has only just started
+            break
+        time.sleep(3)
+    return code, output
+
+
 def finish(process: subprocess.Popen[str], limit_s: float = 150) -> tuple[int, str]:
     """(exit code, output) of a process, killed if it takes longer than `limit_s`."""
     try:

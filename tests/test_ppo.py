@@ -20,7 +20,7 @@ from fbs_rl.checkpoint import load_model
 from fbs_rl.ppo import main
 from fbs_rl.ppo_options import read_request, settings_tree
 from fbs_rl.training.step_checkpoint import CheckpointStore
-from tests.ray_cluster import LocalCluster
+from tests.ray_cluster import LocalCluster, finish, submitted
 from tests.served_tiny import make_folder
 from tests.small_tokenizer import saveable_tokenizer
 
@@ -86,13 +86,8 @@ def undisturbed(root: Path, ray_cluster: LocalCluster) -> Path:
         "--out",
         str(run),
     ]
-    for _ in range(5):
-        job = ray_cluster.submit(*command, "--beta", "0.2", "--lam", "0.1")
-        out, _ = job.communicate(timeout=_RUN_S)
-        if "No available agent" not in out:  # of a cluster that has only just started
-            break
-        time.sleep(3)
-    assert job.returncode == 0, out[-3000:]
+    code, out = submitted(ray_cluster, *command, "--beta", "0.2", "--lam", "0.1", limit_s=_RUN_S)
+    assert code == 0, out[-3000:]
     return run
 
 
@@ -310,3 +305,20 @@ def test_a_dry_run_starts_nothing(root: Path, capsys: pytest.CaptureFixture[str]
     assert main(["--config", str(root / "run.yaml"), "--out", str(out), "--dry-run"]) == 0
     assert "4 questions x 3 samples = 12 episodes" in capsys.readouterr().out
     assert not out.exists()
+
+
+def test_the_benchmark_says_what_an_update_takes(root: Path, ray_cluster: LocalCluster) -> None:
+    words = ["ppo", "--config", str(root / "run.yaml"), "--steps", "2", "--json"]
+    process = ray_cluster.command(*words, "--set", "fleet.engines=1", module="fbs_rl.bench")
+    code, out = finish(process, _RUN_S)
+    assert code == 0, out[-3000:]
+    result = json.loads(out.strip().splitlines()[-1])
+    assert result["settings"]["updates"] == 1 and result["settings"]["episodes"] == 12
+    parts = result["parts_s"]
+    assert 0 < parts["learning"] < result["update_s"]
+    rolled = sum(parts[name] for name in ("dense references", "continuations", "gold answers"))
+    assert 0 < rolled <= result["rollout_s"]
+    # Six tokens behind each of four prompts, by the dense model, then scored for each of three samples.
+    tokens = result["rollout_tokens"]
+    assert tokens["generated"] <= 4 * 6 and tokens["scored"] > 3 * tokens["generated"]
+    assert result["sync_bytes"] > 0 and result["stock_tokens_per_s"] > 0

@@ -80,3 +80,24 @@ def serve_in_a_process(folder: Path) -> dict[str, Any]:
 def test_an_engine_in_its_own_process(there: Callable[..., Any], tmp_path: Path) -> None:
     found = there(serve_in_a_process, tmp_path / "model")
     assert found["wrong"] == [] and all(found["same"])
+
+
+def draw_behind_long_prompts(folder: Path) -> list[list[list[int]]]:
+    """Seeded sampling at temperature 1, prompts in one piece and cut into pieces."""
+    make_folder(folder)
+    prompts = random_prompts(5, [90, 7, 70])
+    found = []
+    for pieces in ({}, {"max_num_batched_tokens": 32}):
+        llm = start(folder, **pieces)
+        tokens, _ = generate(llm, prompts, [12] * 3, [{"tau": 0.5}] * 3, temperature=1.0, seed=3)
+        found.append(tokens)
+        del llm
+    return found
+
+
+def test_seeded_tokens_do_not_depend_on_how_a_prompt_is_cut(
+    there: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole, cut = there(draw_behind_long_prompts, tmp_path / "model")
+    assert whole == cut
+    assert len({tuple(tokens) for tokens in whole}) == 3

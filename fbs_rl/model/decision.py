@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fbs_rl.model.compiled import compiling
 from fbs_rl.model.configuration import FBSConfig
-from fbs_rl.model.skip_gate import gate_uniform
+from fbs_rl.model.skip_gate import block_uniform
 from fbs_rl.types import GateMode, GateRequest
 
 
@@ -47,11 +47,10 @@ class Decider:
             gated_BT = gated_BT & valid_BT
         noise_LBT = None
         if request.mode is GateMode.SAMPLE:
-            assert request.seed_B is not None
-            layer_L11 = torch.arange(config.layer_count, device=position_BT.device).view(-1, 1, 1)
-            # One decision a block: its members draw the leader's noise.
-            leader_L11 = layer_L11 - layer_L11 % config.gate_block
-            noise_LBT = gate_uniform(request.seed_B, position_BT, leader_L11)
+            noise_LBT = request.noise_LBT
+            if noise_LBT is None:
+                assert request.seed_B is not None
+                noise_LBT = block_uniform(config, request.seed_B, position_BT)
             noise_LBT = torch.where(gated_BT, noise_LBT, 1.0)
         forced = config.forced_layers(request.never_skip)
         return cls(config, request, forced, position_BT, gated_BT, noise_LBT)

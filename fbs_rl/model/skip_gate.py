@@ -107,6 +107,12 @@ def gate_uniform(seed_B: Tensor, position_BT: Tensor, layer: int | Tensor) -> Te
     return (word >> 8).to(torch.float32) * 2.0**-24
 
 
+def block_uniform(config: FBSConfig, seed_B: Tensor, position_BT: Tensor) -> Tensor:
+    """gate_uniform of every layer, [L, B, T]. One decision a block: its members draw the leader's noise."""
+    layer_L11 = torch.arange(config.layer_count, device=position_BT.device).view(-1, 1, 1)
+    return gate_uniform(seed_B, position_BT, layer_L11 - layer_L11 % config.gate_block)
+
+
 def _mix(word: Tensor) -> Tensor:
     word = ((word ^ (word >> 16)) * 0x85EBCA6B) & _WORD
     word = ((word ^ (word >> 13)) * 0xC2B2AE35) & _WORD

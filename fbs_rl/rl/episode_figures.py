@@ -26,6 +26,7 @@ def heldout_figures(scored: Sequence[ScoredEpisode], config: FBSConfig) -> dict[
     flops, dense = (sum(getattr(e, n) for e in scored) for n in ("flops", "dense_flops"))
     rate_L = skip_TL.mean(0) if len(skip_TL) else np.zeros(config.layer_count)
     return {
+        "eval/questions": len(scored),
         "eval/reward": _mean([r.total for r in rewards]),
         "eval/compute_term": _mean([r.compute_term for r in rewards]),
         "eval/quality_term": _mean([r.quality_term for r in rewards]),

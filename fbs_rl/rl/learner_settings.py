@@ -80,8 +80,8 @@ class CollapseLimits:
 
     prob_low: float = 0.005
     prob_high: float = 0.995
-    patience: int = 4
-    """Updates in a row with a layer's mean p outside the two (4 of 16 optimizer steps: SPEC's 50)."""
+    patience: int = 50
+    """Updates in a row with a layer's mean p outside the two."""
     kl_max: float = 0.5
     """Mean KL to the reference gate, nats."""
 

@@ -63,7 +63,9 @@ class CompactWalk:
         if plan.asks and layer.opens_block:
             self.prob_N = self.model.gate_probability(layer, normed_Nd, self._motion(), self.glance)
         prob_N = None if layer.never_skips else self.prob_N
-        self.prob.append(torch.zeros(len(normed_Nd)) if prob_N is None else prob_N)
+        self.prob.append(
+            normed_Nd.new_zeros(len(normed_Nd), dtype=torch.float32) if prob_N is None else prob_N
+        )
         if layer.never_skips:
             return None
         bar_N = plan.bar_LN[layer.index]

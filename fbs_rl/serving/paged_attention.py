@@ -70,7 +70,8 @@ class PagedBatch:
 
     def slots(self, row_M: np.ndarray, entry_M: np.ndarray) -> Tensor:
         """The slot of entry number entry_M of request row_M: pages hold entries in their order."""
-        rows, entries = torch.from_numpy(row_M), torch.from_numpy(entry_M)
+        device = self.block_RP.device
+        rows, entries = (torch.from_numpy(x).to(device) for x in (row_M, entry_M))
         block_M = self.block_RP[rows, entries // self.page].long()
         return block_M * self.page + entries % self.page
 

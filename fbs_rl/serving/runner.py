@@ -1,6 +1,6 @@
 """vLLM's model runner and worker with FBS requests: plans before each step, traces after it, calls from outside.
 
-The runner's own code is not touched: its class is exchanged for one with two methods more, which works for
+The runner's own code is not touched: its class is exchanged for one with a few methods more, which works for
 its CPU and its CUDA form alike.
 """
 
@@ -17,6 +17,7 @@ class FBSRunnerMixin:
     """In front of a GPUModelRunner (vLLM's first generation, which the CPU's derives from)."""
 
     fbs: Sessions
+    _states: dict[int, Any]
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         runner: Any = self
@@ -37,6 +38,31 @@ class FBSRunnerMixin:
             return out
         finally:
             model.plan = model.report = None
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        runner, parent = self, super()
+        runner._states = _states_to_keep(runner)
+        return parent._sample(*args, **kwargs)  # pyright: ignore
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        """After a piece of a prompt, vLLM takes back what was drawn by a way that a CPU's generators do not have."""
+        runner, parent = self, super()
+        generators: Any = runner.input_batch.generators  # pyright: ignore
+        hidden = {index: generators.pop(index) for index in runner._states}
+        try:
+            return parent._bookkeeping_sync(*args, **kwargs)  # pyright: ignore
+        finally:
+            for index, generator in hidden.items():
+                generators[index] = generator.set_state(runner._states[index])
+
+
+def _states_to_keep(runner: Any) -> dict[int, Any]:
+    """The generators, as they are, of requests whose sampled token will be thrown away; of CPUs only."""
+    if runner.device.type != "cpu":
+        return {}
+    thrown = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0].tolist()
+    generators = runner.input_batch.generators
+    return {index: generators[index].get_state() for index in thrown if index in generators}
 
 
 def _sessions(runner: Any) -> Sessions:

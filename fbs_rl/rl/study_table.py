@@ -1,0 +1,109 @@
+"""The answer of a policy study in Markdown: arms by skip ratio, seeds as mean and range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+_REFERENCE_OF = {"no-RL": "no-RL", "no-RL drawn": "no-RL drawn", "PPO drawn": "no-RL drawn"}
+
+
+def reference_of(arm: str) -> str:
+    """The no-RL arm that `arm` is compared with at equal skip."""
+    return _REFERENCE_OF.get(arm, "no-RL")
+
+
+def study_tables(rows: Iterable[Row]) -> str:
+    """Two tables for each configuration: at equal measured skip, and where policies stand by themselves."""
+    newest: dict[tuple[Any, ...], Row] = {}
+    for row in rows:  # a study that was started again says some things twice
+        key = tuple(row.get(n) for n in ("kind", "config", "seed", "step", "arm", "asked"))
+        newest[key] = row
+    kept = list(newest.values())
+    parts = []
+    for config in _distinct(row["config"] for row in kept):
+        mine = [row for row in kept if row["config"] == config]
+        parts += [_equal_skip(config, mine), _own_points(config, mine), *_stops(mine)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _equal_skip(config: str, rows: Sequence[Row]) -> str:
+    found = [row for row in rows if row["kind"] == "equal"]
+    lines = [
+        f"{config}, held-out questions at equal measured skip: mean over seeds (lowest to highest); differences to the "
+        f"no-RL gate of the same kind with the widest 95 % interval of any seed",
+        "",
+        "| skip | arm | seeds | FLOPs | dNLL gold | dNLL self | reward | dNLL gold − no-RL | reward − no-RL |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for asked in sorted({row["asked"] for row in found}):
+        for arm in _distinct(row["arm"] for row in found):
+            same = [row for row in found if (row["asked"], row["arm"]) == (asked, arm)]
+            if not same:
+                continue
+            against = reference_of(arm) != arm
+            cells = [
+                f"{asked:.0%}",
+                arm,
+                str(len(same)),
+                _spread(same, "flops_frac", 3),
+                _spread(same, "dnll_gold", 4),
+                _spread(same, "dnll_self", 4),
+                _spread(same, "reward", 4),
+                _difference(same, "dnll_gold") if against else "",
+                _difference(same, "reward") if against else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if found else ""
+
+
+def _own_points(config: str, rows: Sequence[Row]) -> str:
+    found = [row for row in rows if row["kind"] == "point" and isinstance(row["asked"], str)]
+    lines = [
+        f"{config}, policies as they stand",
+        "",
+        "| updates | arm | set to | seeds | skip | FLOPs | dNLL gold | dNLL self | reward |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    keys = sorted(_distinct((r["step"], r["arm"], r["asked"]) for r in found), key=lambda k: k[0])
+    for step, arm, asked in keys:
+        same = [row for row in found if (row["step"], row["arm"], row["asked"]) == (step, arm, asked)]  # fmt: skip
+        numbers = [
+            _spread(same, name, 4)
+            for name in ("skip", "flops_frac", "dnll_gold", "dnll_self", "reward")
+        ]
+        lines.append(f"| {' | '.join([str(step), arm, asked, str(len(same)), *numbers])} |")
+    return "\n".join(lines) if found else ""
+
+
+def _stops(rows: Sequence[Row]) -> list[str]:
+    return [
+        f"{row['config']}, seed {row['seed']}: stopped after {row['step']} updates: {row['reason']}"
+        for row in rows
+        if row["kind"] == "stopped"
+    ]
+
+
+def _spread(rows: Sequence[Row], name: str, digits: int) -> str:
+    values = [row[name] for row in rows]
+    mean, low, high = sum(values) / len(values), min(values), max(values)
+    text = f"{mean:+.{digits}f}" if name.startswith(("dnll", "reward")) else f"{mean:.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _difference(rows: Sequence[Row], name: str) -> str:
+    found = [row["minus_no_rl"][name] for row in rows if row.get("minus_no_rl")]
+    if not found:
+        return ""
+    mean = sum(each[0] for each in found) / len(found)
+    low, high = min(each[1] for each in found), max(each[2] for each in found)
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+Emit = Callable[[Row], None]
+"""What is told each row as it is found."""
