@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbs_rl.checkpoint import gate_tensors
+from fbs_rl.checkpoint import added_tensors
 from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.rl.collapse import CollapseError
 from fbs_rl.rl.credit import score_episode
@@ -213,12 +213,12 @@ class Trial:
 
 def keep(model: FBSForCausalLM) -> dict[str, Tensor]:
     """A copy of everything that FBS added to the model."""
-    return {name: tensor.detach().clone() for name, tensor in gate_tensors(model)}
+    return {name: tensor.detach().clone() for name, tensor in added_tensors(model)}
 
 
 @torch.no_grad()
 def restore(model: FBSForCausalLM, kept: Mapping[str, Tensor]) -> None:
     """Put back what keep() returned."""
-    for name, tensor in gate_tensors(model):
+    for name, tensor in added_tensors(model):
         tensor.copy_(kept[name])
     model.model.forget_derived()
