@@ -23,7 +23,7 @@ STAGE1, STAGE2 = "quickstart", "ppo_quickstart"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """ratios: shares of layers to skip, rising; training aims at the last."""
+    """ratios: shares of layers to skip that are measured, rising."""
 
     options: argparse.Namespace
     ratios: list[float]
@@ -46,7 +46,7 @@ class Request:
     def stage1_words(self) -> list[str]:
         """Arguments of fbs_rl.pretrain."""
         out = str(self.run.path / "stage1")
-        return _words(STAGE1, out, _stage1(self.options, self.ratios, self.run.path))
+        return _words(STAGE1, out, _stage1(self.options, self.run.path))
 
     @property
     def stage2_words(self) -> list[str]:
@@ -67,14 +67,15 @@ def read_request(argv: Sequence[str] | None, description: str) -> Request:
         )
     FBSConfig.preset(options.preset)
     run = RunFolder.plan("quickstart", options.out)
-    stage1 = load_settings(PretrainSettings, STAGE1, _stage1(options, ratios, run.path))
+    stage1 = load_settings(PretrainSettings, STAGE1, _stage1(options, run.path))
     other = [name for name in stage1.model.options if not name.startswith("loss_")]
     if other:
         raise ValueError(
             f"the quickstart's model.options can only set losses, not {other[0]}; use python -m fbs_rl.pretrain"
         )
     stage2 = load_settings(PPOSettings, STAGE2, _stage2(options, run.path))
-    _check_model(options.model, options.preset, ratios, options.length)
+    start = stage1.phases.skip_target_start
+    _check_model(options.model, options.preset, ratios, start, options.length)
     return Request(options, ratios, run, stage1, stage2)
 
 
@@ -90,14 +91,12 @@ def _ratios(text: str) -> list[float]:
     return ratios
 
 
-def _stage1(options: argparse.Namespace, ratios: list[float], run: Path) -> list[str]:
+def _stage1(options: argparse.Namespace, run: Path) -> list[str]:
     fixed = [
         f"data={run / 'data'}",
         f"model.backbone={run / 'start'}",
         f"model.preset={options.preset}",
         "phases.gate_start=initial",  # of run/start, which is fitted
-        f"phases.skip_target_start={ratios[-1]}",  # the fit skips this much already
-        f"phases.skip_target={ratios[-1]}",
         "evaluation.skip_ratios=[]",  # measured here, by language
         f"cluster.device={options.device}",
         f"cluster.threads_per_rank={_cores()}",
@@ -129,7 +128,7 @@ def _words(config: str, out: str, overrides: list[str]) -> list[str]:
     return words
 
 
-def _check_model(name: str, preset: str, ratios: list[float], length: int) -> None:
+def _check_model(name: str, preset: str, ratios: list[float], start: float, length: int) -> None:
     """Raise ValueError, in one sentence, for a model that cannot do what is asked."""
     backbone = ModelSource.parse(name).read_config()
     if isinstance(backbone, FBSConfig):
@@ -148,6 +147,11 @@ def _check_model(name: str, preset: str, ratios: list[float], length: int) -> No
         raise ValueError(
             f"--ratios names {ratios[-1]}, but only {free:.2f} of the layers of {name} may skip"
         )
+    if not 0 < start < free:
+        raise ValueError(
+            f"phases.skip_target_start is {start}; the quickstart's gates begin there, so it must lie between 0 and "
+            f"{free:.2f}"
+        )
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -159,7 +163,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--model", default=SMOLLM2, help="hub id, folder, .gguf file or smollm2-135m"
     )
     parser.add_argument("--preset", default="default", help="default or paper")
-    parser.add_argument("--ratios", default="0.2", help="shares of layers to skip (0.2)")
+    parser.add_argument(
+        "--ratios", default="0.2", help="shares of layers to skip that are measured (0.2)"
+    )
     parser.add_argument(
         "--sequences", type=int, default=4, help="windows to fit on, half of each language"
     )

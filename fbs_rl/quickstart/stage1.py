@@ -58,7 +58,8 @@ def before_training(request: Request, loaded: LoadedModel, comparison: SkipCompa
     console.print("2. Gates and skip adapters, fitted in closed form")
     order = fit(model, texts, console).drop_order
     with console.status("Setting a start for training ..."):
-        centre_gates(model, texts.fit_NT, texts.decode_start, request.ratios[-1], BISECTIONS)
+        share = request.stage1.phases.skip_target_start
+        centre_gates(model, texts.fit_NT, texts.decode_start, share, BISECTIONS)
         model.save_pretrained(folder / "start")
         loaded.tokenizer.save_pretrained(folder / "start")
         comparison.add_dense("dense, before", model)
