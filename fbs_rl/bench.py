@@ -56,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         from fbs_rl.bench_serving import main as serving
 
         return serving(given[1:])
+    if given[:1] and given[0] in ("latency", "batch", "overhead", "table"):
+        from fbs_rl.bench_latency import main as latency
+
+        return latency(given)
     if given[:1] == ["ppo"]:
         from fbs_rl.bench_ppo import main as ppo
 

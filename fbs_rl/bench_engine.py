@@ -169,11 +169,13 @@ def held_logits(config: FBSConfig, share: float, apart: bool) -> list[float]:
     certain gate, the others a certain one that they run. Share 0: undecided gates, to be asked with τ = 1.
     """
     free = [i for i in range(config.layer_count) if i not in config.protected_layers]
-    count = round(share * config.layer_count)
     if share == 0:
         return [0.0] * config.layer_count
     if apart:
         prob = torch.tensor(min(share * config.layer_count / len(free), 0.99))
         return [float(torch.logit(prob))] * config.layer_count
-    chosen = {free[int((i + 0.5) * len(free) / count)] for i in range(count)}
-    return [_CERTAIN if i in chosen else -_CERTAIN for i in range(config.layer_count)]
+    block = config.gate_block  # a block's first layer decides for all of it
+    blocks = sorted({layer // block for layer in free})
+    count = min(round(share * config.layer_count / block), len(blocks))
+    chosen = {blocks[int((i + 0.5) * len(blocks) / count)] for i in range(count)}
+    return [_CERTAIN if i // block in chosen else -_CERTAIN for i in range(config.layer_count)]

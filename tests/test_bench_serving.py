@@ -48,6 +48,13 @@ def test_a_set_of_layers_is_skipped_for_certain(share: float) -> None:
     assert all(abs(logit) > 6 for logit in logit_L)
 
 
+def test_whole_blocks_are_skipped_where_one_gate_decides_for_several_layers() -> None:
+    config = fresh(gate_block=2).config
+    logit_L = held_logits(config, 0.5, apart=False)
+    assert logit_L[::2] == logit_L[1::2]
+    assert sum(logit > 6 for logit in logit_L) == LAYERS // 2
+
+
 def test_a_share_of_zero_leaves_gates_undecided() -> None:
     assert held_logits(fresh().config, 0.0, apart=True) == [0.0] * LAYERS
 

@@ -1,0 +1,207 @@
+"""python -m fbs_rl.bench latency | batch | overhead | table: the paper's latency protocol (appendix B.3 to B.5).
+
+latency: one row, every way of decoding side by side. batch: 1, 4 and 8 rows, which skip the same layers.
+overhead: what the modules cost when nothing is skipped. table: saved results as one Markdown table.
+
+A request is a prompt of 512 tokens and 128 forced steps: what is fed does not depend on what a model says.
+20 warm-ups, 50 runs, variants in turns in one process, CUDA events, medians. Shares of skipped layers are
+forced: gates are computed in full, but answer what gives the share, so no quality is implied; with --tau the
+gates decide. With --geometry weights are random: latency alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fbs_rl.latency_engines import Variant, Workload, make_engine
+from fbs_rl.latency_figures import draw_steps, make_figures, markdown_table
+from fbs_rl.latency_protocol import copy_bandwidth, describe_device, measure
+from fbs_rl.model.backbone import SMOLLM2, ModelSource, load_backbone
+from fbs_rl.model.configuration import PRESETS, FBSConfig
+from fbs_rl.model.modeling import FBSForCausalLM
+from fbs_rl.model_geometry import GEOMETRIES, random_backbone
+from fbs_rl.types import GateMode
+
+_BATCHES = {"latency": "1", "batch": "1,4,8", "overhead": "1"}
+ENGINES = ("transformers", "incremental", "graph")
+
+
+def main(argv: list[str]) -> int:
+    """Runs a subcommand; exit code 2, with one sentence, for settings that cannot work."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.what == "table":
+            print(_saved_table(arguments.files))
+            return 0
+        result = run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if arguments.out is not None:
+        _save(result, Path(arguments.out), arguments.what)
+    print(json.dumps(result) if arguments.json else describe(result))
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure all batches. Raises ValueError or OSError for settings that cannot work."""
+    device, dtype = _device(arguments.device), getattr(torch, arguments.dtype)
+    own = "graph" if device.type == "cuda" else "incremental"
+    named: str = arguments.engines or f"transformers,{own}"
+    variants = choose_variants(arguments.what, named.split(","), arguments)
+    batches = [int(word) for word in (arguments.batches or _BATCHES[arguments.what]).split(",")]
+    plain, models = _models(arguments, dtype, device)
+    bandwidth = copy_bandwidth(device)
+    rows = []
+    for batch in batches:
+        load = Workload(batch, arguments.prompt_tokens, arguments.new_tokens)
+        makers = {
+            variant.name: lambda v=variant, w=load: make_engine(v, models[v.modules], plain, w, None)
+            for variant in variants
+        }  # fmt: skip
+        say = _progress(batch)
+        vocabulary = models[False].config.vocab_size
+        found = measure(makers, load, arguments.warmups, arguments.runs, vocabulary, device, say)
+        first = found[variants[0].name][1]
+        for variant in variants:
+            engine, sample = found[variant.name]
+            figures = make_figures(variant, engine, sample, first, load, bandwidth, dtype.itemsize)
+            log = {
+                "entropy_T": sample.entropy_T.tolist(),
+                "step_ms_T": torch.from_numpy(sample.step_RT).median(0).values.tolist(),
+            }
+            rows.append(dataclasses.asdict(figures) | {"tokens": log})
+    return {
+        "settings": {k: v for k, v in vars(arguments).items() if k != "files"},
+        "host": describe_device(device) | {"copy_bytes_per_s": bandwidth},
+        "random_weights": arguments.geometry is not None,
+        "rows": rows,
+    }
+
+
+def choose_variants(
+    what: str, engines: Sequence[str], arguments: argparse.Namespace
+) -> list[Variant]:
+    """The variants of a subcommand, the one that others are held against first."""
+    unknown = sorted(set(engines) - set(ENGINES))
+    if unknown:
+        raise ValueError(
+            f"no engine {unknown[0]!r}; there are {', '.join(ENGINES)} (vLLM: python -m fbs_rl.bench vllm)"
+        )
+    share, tau = arguments.skip, arguments.tau
+    threshold, sample = GateMode.THRESHOLD, GateMode.SAMPLE
+    found: list[Variant] = []
+    for engine in engines:
+        if engine == "transformers":
+            found.append(Variant(engine, engine, modules=False))
+            continue
+        found.append(Variant(f"{engine}, plain", engine, modules=False))
+        if what == "overhead":
+            found += [
+                Variant(f"{engine}, modules, no gates", engine, True),
+                Variant(f"{engine}, gates on, nothing skipped", engine, True, threshold, 0.0),
+                Variant(f"{engine}, gates drawn, nothing skipped", engine, True, sample, 0.0),
+            ]
+        elif tau is not None:
+            found.append(Variant(f"{engine}, tau {tau:g}", engine, True, threshold, None, tau))
+        else:
+            found.append(Variant(f"{engine}, {share:.0%} forced", engine, True, threshold, share))
+        if what == "latency" and tau is None:
+            found.append(Variant(f"{engine}, {share:.0%} drawn", engine, True, sample, share))
+    preferred = [v for v in found if v.name == "graph, plain"] or found[:1]
+    return preferred + [v for v in found if v is not preferred[0]]
+
+
+def _models(
+    arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, dict[bool, FBSForCausalLM]]:
+    """(the backbone, FBS models without and with modules), all on the same weights."""
+    overrides = {
+        word.partition("=")[0]: yaml.safe_load(word.partition("=")[2]) for word in arguments.set
+    }
+    config = FBSConfig.preset(arguments.preset, **overrides)
+    plain: Any
+    if arguments.geometry is not None:
+        plain = random_backbone(arguments.geometry, dtype, device)
+    else:
+        plain = load_backbone(ModelSource.parse(arguments.model), dtype)
+        plain = plain.to(device)
+    without = FBSForCausalLM.from_backbone(plain, FBSConfig(paw=False, chunk=False, gate=False))
+    return plain, {False: without, True: FBSForCausalLM.from_backbone(plain, config)}
+
+
+def _device(word: str | None) -> torch.device:
+    if word is None:
+        word = "cuda" if torch.cuda.is_available() else "cpu"
+    if word == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for and there is no CUDA device; leave it out")
+    return torch.device(word)
+
+
+def _progress(batch: int) -> Any:
+    def say(text: str) -> None:
+        print(f"\rbatch {batch}: {text}   ", end="", file=sys.stderr, flush=True)
+
+    return say
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    settings, host = result["settings"], result["host"]
+    source = settings["geometry"] or settings["model"]
+    random = " with random weights (latency only)" if result["random_weights"] else ""
+    return (
+        f"{source}{random}, preset {settings['preset']}, {settings['dtype']}, "
+        f"{settings['prompt_tokens']} -> {settings['new_tokens']} forced tokens, {settings['warmups']} warm-ups, "
+        f"{settings['runs']} runs, interleaved; {host['device']}, torch {host['torch']}, "
+        f"copy bandwidth {host['copy_bytes_per_s'] / 1e12:.3g} TB/s\n\n{markdown_table(result['rows'])}"
+    )
+
+
+def _save(result: dict[str, Any], folder: Path, what: str) -> None:
+    """WHAT.json, WHAT.md and WHAT.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{what}.json").write_text(json.dumps(result))
+    (folder / f"{what}.md").write_text(describe(result) + "\n")
+    draw_steps(result["rows"], folder / f"{what}.png")
+
+
+def _saved_table(files: list[str]) -> str:
+    if not files:
+        raise ValueError("table needs files that `latency`, `batch` or `overhead` saved with --out")
+    return "\n\n".join(describe(json.loads(Path(name).read_text())) for name in files)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fbs_rl.bench", description=__doc__)
+    parser.add_argument("what", choices=[*_BATCHES, "table"])
+    parser.add_argument("files", nargs="*", help="of table: saved JSON")
+    parser.add_argument("--model", default=SMOLLM2, help="hub id, folder, .gguf or smollm2-135m")
+    parser.add_argument("--geometry", choices=sorted(GEOMETRIES), help="random weights, this shape")
+    parser.add_argument("--preset", default="default", help=f"of {', '.join(sorted(PRESETS))}")
+    parser.add_argument("--set", metavar="OPTION=VALUE", nargs="*", default=[])
+    parser.add_argument(
+        "--engines",
+        help=f"of {', '.join(ENGINES)} (default: transformers, and graph where there is CUDA)",
+    )
+    parser.add_argument("--skip", type=float, default=0.36, help="share of all layers, forced")
+    parser.add_argument("--tau", type=float, help="let the gates decide, at this threshold")
+    parser.add_argument("--batches", help="rows, as in 1,4,8")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--warmups", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--device", choices=["cuda", "cpu"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--out", help="folder for JSON, Markdown and a plot")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    return parser

@@ -1,0 +1,283 @@
+"""Decoding on the GPU: one captured CUDA graph a token, in which a skipped layer's weights are not read.
+
+    decoder = GraphDecoder(model, rows=1, tokens=640, gates="threshold")
+    decoder.prefill(prompt_BT)
+    decoder.step(127)
+    decoder.trace().token_BT
+
+The prompt runs through the model's own forward; then every step is one replay of the same graph, whose
+decisions never leave the device. docs/decode.md says how it works.
+
+Letters: B rows, T steps, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fbs_rl.decode.cuda_launcher import CudaLauncher, Launcher
+from fbs_rl.decode.front_rows import FrontRows
+from fbs_rl.decode.kernel_source import KernelShape
+from fbs_rl.decode.layer_calls import write_advance, write_step
+from fbs_rl.decode.step_buffers import (
+    ChunkBuffers,
+    GateBuffers,
+    LayerBuffers,
+    PreviewBuffers,
+    Room,
+    TokenBuffers,
+)
+from fbs_rl.decode.step_writer import StepWriter
+from fbs_rl.decode.supported import check_supported
+from fbs_rl.model.kv_cache import FBSCache
+from fbs_rl.model.modeling import FBSForCausalLM
+from fbs_rl.types import GateMode, as_row_vector
+
+Sampler = Callable[[Tensor, Tensor], Tensor]
+"""The next tokens [B] from logits [B, V] and the positions [B] that they will take, on the device alone."""
+
+
+class RowsDecide(StrEnum):
+    """How the rows of a batch come to skip."""
+
+    ALONE = "alone"  # each row by its own p; a layer is read if any row runs it
+    TOGETHER = "together"  # all or none, by the means of p and τ (threshold gates)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTrace:
+    """What was decoded. Column j of skip_LBT (bool) and prob_LBT is what happened when token j was fed.
+
+    token_BT: tokens made, one more than were fed. closed_chunks_BT, opens_BT: as count_trace reads them; None
+    without a Chunk-Head. gates_on: gates were computed.
+    """
+
+    prompt_tokens: int
+    token_BT: Tensor
+    skip_LBT: Tensor
+    prob_LBT: Tensor
+    closed_chunks_BT: Tensor | None
+    opens_BT: Tensor | None
+    gates_on: bool
+
+
+class GraphDecoder:
+    """Decodes `rows` sequences of equal prompt length side by side, up to `tokens` each, prompt included.
+
+    gates: dense, threshold or sample. never_skip: more layers that always run. sampler: None takes the best
+    token. launcher: where kernels run; None is this process's CUDA device. Raises ValueError, in one sentence,
+    for what it does not do (fbs_rl.decode.supported) and where there is no such device.
+    """
+
+    def __init__(
+        self, model: FBSForCausalLM, rows: int, tokens: int, *, gates: GateMode | str = GateMode.DENSE,
+        rows_decide: RowsDecide | str = RowsDecide.ALONE, never_skip: Sequence[int] = (),
+        sampler: Sampler | None = None, launcher: Launcher | None = None,
+    ) -> None:  # fmt: skip
+        self.mode, rows_decide = GateMode(gates), RowsDecide(rows_decide)
+        check_supported(model, self.mode, tokens)
+        self.model, self.rows, self.tokens, self.sampler = model, rows, tokens, sampler
+        self.shape = kernel_shape(model, rows)
+        self.launcher = CudaLauncher(self.shape) if launcher is None else launcher
+        self.writer = _make_writer(
+            model, self.shape, self.launcher, self.mode, rows_decide, tokens, never_skip
+        )
+        self.refresh_weights()
+        write_step(self.writer)
+        self._to_logits = len(self.writer.calls)
+        write_advance(self.writer, picks=sampler is None)
+        self.prompt_tokens, self.taken, self._graph = 0, 0, None
+        if self.launcher.device.type == "cuda":
+            self._capture()
+
+    def refresh_weights(self) -> None:
+        """Follow a change of the model's weights in place; the graph stays as it is."""
+        gates_act = bool(self.writer.free)
+        for layer in self.model.model.fbs_layers():
+            if layer.index in self.writer.fronts:
+                self.writer.fronts[layer.index].copy(self.model, layer, gates_act)
+        if self.writer.previews is not None:
+            self.writer.previews.copy_weights(self.model)
+
+    @torch.inference_mode()
+    def prefill(
+        self, prompt_BT: Tensor, tau: float | Tensor | None = None, gate_seed: int | Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Reads the prompts and returns the first token of every row [B], which step() feeds.
+
+        tau: threshold, one or one a row (None: the model's). gate_seed: of gates="sample", likewise.
+        """
+        rows, length = prompt_BT.shape
+        if rows != self.rows or not 0 < length < self.tokens:
+            raise ValueError(
+                f"the prompts are {rows} rows of {length} tokens; this decoder takes {self.rows} rows of "
+                f"1 to {self.tokens - 1}"
+            )
+        if self.mode is GateMode.SAMPLE and gate_seed is None:
+            raise ValueError('gates="sample" needs gate_seed, one or one a row')
+        cache = FBSCache(self.model.config.layer_count)
+        device = self.launcher.device
+        out = self.model(
+            prompt_BT.to(device), past_key_values=cache, gates=GateMode.DENSE, logits_to_keep=1
+        )
+        self.prompt_tokens, self.taken = length, 0
+        self._begin(cache, tau, gate_seed)
+        logits_BV = out.logits[:, -1]
+        buffers = self.writer.tokens
+        first_B = (
+            logits_BV.argmax(-1)
+            if self.sampler is None
+            else self.sampler(logits_BV, buffers.position_B)
+        )
+        buffers.token_B.copy_(first_B)
+        self._first_B = first_B.clone()
+        return first_B
+
+    def force(self, token_BT: Tensor) -> None:
+        """Feed these tokens next, whatever the logits say: the first now, the others as steps follow."""
+        buffers, count = self.writer.tokens, token_BT.shape[1]
+        buffers.token_B.copy_(token_BT[:, 0])
+        self._first_B = token_BT[:, 0].clone()
+        start = self.taken
+        buffers.forced_TB[start : start + count - 1] = token_BT[:, 1:].T
+        buffers.forced_steps.fill_(start + count - 1)
+
+    def step(self, count: int = 1) -> None:
+        """Feed `count` tokens a row; returns before the device is done."""
+        if self.prompt_tokens + self.taken + count > self.tokens or not self.prompt_tokens:
+            raise ValueError(
+                f"{count} more steps behind {self.prompt_tokens} prompt tokens and {self.taken} steps do not fit "
+                f"{self.tokens} tokens; make the decoder with more, and prefill first"
+            )
+        for _ in range(count):
+            self.taken += 1
+            if self._graph is None:
+                self._run()
+            else:
+                self._graph.replay()
+
+    def trace(self) -> DecodeTrace:
+        """What has been decoded since the prompt, on the host; waits for the device."""
+        writer, steps = self.writer, slice(0, self.taken)
+        made_BT = writer.tokens.token_TB[steps].T.long().cpu()
+        chunks = writer.chunks
+        closed = None if chunks is None else chunks.closed_TB[steps].T.long().cpu()
+        opens = None if chunks is None else chunks.opens_TB[steps].T.bool().cpu()
+        return DecodeTrace(
+            prompt_tokens=self.prompt_tokens,
+            token_BT=torch.cat((self._first_B.long().cpu().unsqueeze(1), made_BT), 1),
+            skip_LBT=writer.gates.skip_TLB[steps].permute(1, 2, 0).bool().cpu(),
+            prob_LBT=writer.gates.prob_TLB[steps].permute(1, 2, 0).cpu(),
+            closed_chunks_BT=closed,
+            opens_BT=opens,
+            gates_on=bool(writer.free),
+        )
+
+    @property
+    def logits_BV(self) -> Tensor:
+        """Of the last step, in the model's type; overwritten by the next."""
+        return self.writer.tokens.logits_BV
+
+    # --- inside --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """One step, call by call."""
+        for call in self.writer.calls[: self._to_logits]:
+            self.launcher.launch(call)
+        if self.sampler is not None:
+            tokens = self.writer.tokens
+            tokens.token_B.copy_(self.sampler(tokens.logits_BV, tokens.position_B + 1))
+        for call in self.writer.calls[self._to_logits :]:
+            self.launcher.launch(call)
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run()  # compiles and reserves what a capture must not
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        self._graph = graph
+
+    def _begin(self, cache: FBSCache, tau: Any, gate_seed: Any) -> None:
+        """The state behind a prompt, into the step's buffers."""
+        writer, length, device = self.writer, self.prompt_tokens, self.launcher.device
+        for layer, kv in enumerate(cache.layers):
+            keys, values, _ = kv.view()
+            writer.layers.keys[layer][:, :, :length] = keys
+            writer.layers.values[layer][:, :, :length] = values
+        if writer.layers.length_LBG is not None:
+            writer.layers.length_LBG.fill_(length)
+        writer.tokens.position_B.fill_(length)
+        for counter in (writer.tokens.step, writer.tokens.forced_steps):
+            counter.zero_()
+        gates = writer.gates
+        tau = self.model.config.tau if tau is None else tau
+        gates.tau_B.copy_(as_row_vector(tau, self.rows, torch.float32, device))
+        if gate_seed is not None:
+            seed_B = as_row_vector(gate_seed, self.rows, torch.int64, device)
+            gates.seed_B2.copy_(seed_B.view(torch.int32).view(-1, 2))  # low word first
+        for tensor in (gates.skip_LB, gates.prob_TLB, gates.skip_TLB):
+            tensor.zero_()
+        if writer.chunks is not None:
+            _copy_chunks(cache, writer.chunks)
+
+
+def _copy_chunks(cache: FBSCache, chunks: ChunkBuffers) -> None:
+    state = cache.chunks
+    assert state is not None
+    chunks.closed_B.copy_(state.closed_B)
+    chunks.open_size_B.copy_(state.open_size_B)
+    chunks.continuable_B.copy_(state.continuable_B)
+    for layer, (keys, values, sum_Bd) in chunks.rings.items():
+        reader = state.readers[layer]
+        keys.copy_(reader.key_BCW)
+        values.copy_(reader.value_BCW)
+        sum_Bd.copy_(reader.open_sum_Bd)
+
+
+def kernel_shape(model: FBSForCausalLM, rows: int) -> KernelShape:
+    """What the kernels for this model and batch are compiled for."""
+    config = model.config
+    assert config.head_dim is not None and config.num_key_value_heads is not None
+    group = config.num_attention_heads // config.num_key_value_heads
+    return KernelShape(rows, model.dtype == torch.bfloat16, config.head_dim, group)
+
+
+def _make_writer(
+    model: FBSForCausalLM, shape: KernelShape, launcher: Launcher, mode: GateMode, rows_decide: RowsDecide,
+    tokens: int, never_skip: Sequence[int],
+) -> StepWriter:  # fmt: skip
+    config, room = model.config, Room(shape.rows, tokens, tokens, launcher.device, model.dtype)
+    gates_act = mode is not GateMode.DENSE
+    free = frozenset(range(config.layer_count)) - config.forced_layers(never_skip)
+    free = free if gates_act else frozenset()
+    fronts = {}
+    for layer in model.model.fbs_layers():
+        front = FrontRows.of(model, layer, gates_act=bool(free))
+        if front is not None:
+            fronts[layer.index] = front
+    widest = max((front.width for front in fronts.values()), default=0)
+    return StepWriter(
+        model=model,
+        shape=shape,
+        multiprocessors=launcher.multiprocessors,
+        free=free,
+        sampled=mode is GateMode.SAMPLE,
+        together=rows_decide is RowsDecide.TOGETHER,
+        fronts=fronts,
+        tokens=TokenBuffers.empty(room, config, launcher.multiprocessors),
+        layers=LayerBuffers.empty(room, model, widest, launcher.multiprocessors),
+        gates=GateBuffers.empty(room, config),
+        previews=PreviewBuffers.empty(room, config) if config.paw else None,
+        chunks=ChunkBuffers.empty(room, config) if config.chunk else None,
+    )

@@ -1,0 +1,54 @@
+"""The decoder's CUDA kernels as text, and what they are compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent / "kernels"
+_FILES = ("common", "products", "attention", "gate", "preview", "chunks", "tokens")
+MOST_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class KernelShape:
+    """What is fixed when the kernels are compiled.
+
+    rows: of a batch. bf16: numbers are bfloat16, else float32. query_group: query heads a key head.
+    """
+
+    rows: int
+    bf16: bool
+    head_dim: int
+    query_group: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rows <= MOST_ROWS:
+            raise ValueError(
+                f"a batch of {self.rows} rows does not fit; the graph decoder takes 1 to {MOST_ROWS}"
+            )
+
+    @property
+    def out_rows(self) -> int:
+        """Output rows that a warp of a product works on at once: more of them share what an input costs."""
+        return 2 if self.rows <= 2 or self.rows > 8 else 4
+
+    @property
+    def lane_numbers(self) -> int:
+        """Numbers in 16 bytes."""
+        return 8 if self.bf16 else 4
+
+    def definitions(self) -> dict[str, int]:
+        """The macros that kernels/common.cu asks for."""
+        return {
+            "ROWS": self.rows,
+            "BF16": int(self.bf16),
+            "HEAD_DIM": self.head_dim,
+            "QUERY_GROUP": self.query_group,
+            "OUT_ROWS": self.out_rows,
+        }
+
+
+def kernel_text() -> str:
+    """All kernels, as one translation unit."""
+    return "\n".join((_FOLDER / f"{name}.cu").read_text() for name in _FILES)

@@ -1,0 +1,58 @@
+// The step's first and last kernel: the token's embedding, and the next token.
+
+struct Embed {
+  const num* table;
+  const int* token_B;
+  int width;
+  num* state_Bd;
+  float* motion_B2;  // null: no gate acts
+};
+
+extern "C" __global__ void __launch_bounds__(256) embed(Embed e) {
+  await();
+  allow_next();
+  if (e.motion_B2 && threadIdx.x < 2) e.motion_B2[2 * blockIdx.x + threadIdx.x] = (float)threadIdx.x;  // δ = 0, cos = 1
+  const num* row = e.table + (long long)__ldcg(e.token_B + blockIdx.x) * e.width;
+  for (int k = threadIdx.x; k < e.width; k += blockDim.x) e.state_Bd[(long long)blockIdx.x * e.width + k] = row[k];
+}
+
+struct Advance {
+  const float* best;  // [blocks, ROWS] of the logits product
+  const int* best_index;
+  int offers;               // blocks that offer one; 0: token_B holds the choice already
+  const int* forced_steps;  // [1]: how many steps take their token from forced
+  const int* forced;        // [trace_steps, ROWS]
+  int vocabulary;
+  int* token_B;
+  int* position_B;
+  int* step;
+  int trace_steps;
+  int* token_trace;  // [trace_steps, ROWS]
+};
+
+extern "C" __global__ void __launch_bounds__(256) advance(Advance a) {
+  __shared__ float best[ROWS];
+  __shared__ int best_at[ROWS];
+  await();
+  allow_next();
+  for (int b = 0; b < ROWS && a.offers; ++b) {
+    float value = MINUS_INFINITY;
+    int index = 0x7fffffff;
+    for (int i = threadIdx.x; i < a.offers; i += blockDim.x)
+      better(value, index, __ldcg(a.best + i * ROWS + b), __ldcg(a.best_index + i * ROWS + b));
+    block_best(value, index, best + b, best_at + b);
+  }
+  __syncthreads();
+  const int step = __ldcg(a.step);
+  __syncthreads();
+  if (threadIdx.x < ROWS) {
+    const int b = threadIdx.x;
+    int token = a.offers ? best_at[b] : __ldcg(a.token_B + b);
+    if (token >= a.vocabulary) token = 0;  // no logit was a number
+    if (step < __ldcg(a.forced_steps)) token = __ldcg(a.forced + step * ROWS + b);
+    if (step < a.trace_steps) a.token_trace[step * ROWS + b] = token;
+    a.token_B[b] = token;
+    a.position_B[b] = __ldcg(a.position_B + b) + 1;
+  }
+  if (threadIdx.x == 0) *a.step = step + 1;
+}

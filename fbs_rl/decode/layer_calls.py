@@ -1,0 +1,146 @@
+"""The kernel calls of one layer of the backbone, and of the step's two ends."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor
+
+from fbs_rl.decode.kernel_arguments import make_launch
+from fbs_rl.decode.module_calls import (
+    write_boundary,
+    write_chunk_end,
+    write_chunk_read,
+    write_decision,
+    write_injection,
+    write_look,
+    write_move,
+)
+from fbs_rl.decode.step_writer import StepWriter
+from fbs_rl.model.layer import FBSLayer
+from fbs_rl.model.skip_path import SkipAdapter
+from fbs_rl.types import KVPolicy
+
+_ATTENTION_THREADS = 256
+
+
+def write_step(writer: StepWriter) -> None:
+    """A step from the token's embedding to the logits."""
+    _write_embedding(writer)
+    for layer in writer.model.model.fbs_layers():
+        _write_modules(writer, layer)
+        _write_layer(writer, layer)
+        write_move(writer, layer)
+    _write_logits(writer)
+
+
+def _write_embedding(writer: StepWriter) -> None:
+    table: Any = writer.model.model.embed_tokens.weight
+    writer.call(
+        "embed", writer.shape.rows, 256, table=table, token_B=writer.tokens.token_B, width=table.shape[1],
+        state_Bd=writer.layers.state[0], motion_B2=writer.gates.motion_B2 if writer.free else None,
+    )  # fmt: skip
+
+
+def _write_modules(writer: StepWriter, layer: FBSLayer) -> None:
+    """Everything that FBS does before the layer, up to h̃."""
+    front, index = writer.fronts.get(layer.index), layer.index
+    if front is not None:
+        writer.product(
+            "product_front", [front.weight_Fd], writer.entering(index), writer.layers.front_BF,
+            bias_N=front.bias_F, scale_N=front.scale_F,
+        )  # fmt: skip
+    if layer.paw is not None:
+        write_look(writer, layer)
+    if index == writer.model.config.boundary_layer:
+        write_boundary(writer, layer)
+    write_decision(writer, layer)
+    if layer.paw is not None:
+        write_injection(writer, layer)
+    if layer.chunk_reader is not None:
+        write_chunk_read(writer, layer)
+        write_chunk_end(writer, layer)
+
+
+def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
+    """From h̃ to the next layer's h; rows that skip take the skip path."""
+    buffers, skip_B, state = writer.layers, writer.skip_B(layer.index), writer.entering(layer.index)
+    adds = layer.paw is not None or layer.chunk_reader is not None
+    injected = buffers.injected_Bd if adds else state
+    _write_attention(writer, layer, injected, skip_B)
+    attention, mlp = layer.self_attn, cast(Any, layer.mlp)
+    writer.product(
+        "product_attention_out", [attention.o_proj.weight], buffers.attended_BX, buffers.middle_Bd,
+        residual_Bd=injected, bias_N=attention.o_proj.bias, skip_B=skip_B,
+    )  # fmt: skip
+    writer.product(
+        "product_gate_up", [mlp.gate_proj.weight, mlp.up_proj.weight], buffers.middle_Bd, buffers.active_BI,
+        norm=cast(Any, layer.post_attention_layernorm).weight, skip_B=skip_B,
+    )  # fmt: skip
+    path = layer.skip_path
+    adapter: dict[str, Any] = {}
+    if skip_B is not None and isinstance(path, SkipAdapter):
+        adapter = {
+            "adapter_up": path.up.weight,
+            "adapter_down": writer.front(layer.index, "adapter"),
+            "down_stride": buffers.front_BF.stride(0),
+            "adapter_rank": path.up.in_features,
+        }
+    writer.product(
+        "product_down", [mlp.down_proj.weight], buffers.active_BI, buffers.state[1 - layer.index % 2],
+        residual_Bd=buffers.middle_Bd, state_Bd=state, skip_B=skip_B, **adapter,
+    )  # fmt: skip
+
+
+def _write_attention(
+    writer: StepWriter, layer: FBSLayer, injected: Tensor, skip_B: Tensor | None
+) -> None:
+    buffers, attention = writer.layers, layer.self_attn
+    projects = writer.model.config.kv_on_skip == KVPolicy.PROJECT
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    writer.product(
+        "product_qkv", [part.weight for part in parts], injected, buffers.qkv_BX,
+        norm=layer.input_layernorm.weight, skip_B=skip_B, bias_N=buffers.qkv_bias.get(layer.index),
+        kept_from=attention.q_proj.out_features if projects else -1,
+    )  # fmt: skip
+    keys = buffers.keys[layer.index]
+    rows, heads, capacity = keys.shape[:3]
+    lengths = None if buffers.length_LBG is None else buffers.length_LBG[layer.index]
+    writer.calls.append(
+        make_launch(
+            "attention", (heads, buffers.splits, rows), _ATTENTION_THREADS,
+            qkv=buffers.qkv_BX, keys=keys, values=buffers.values[layer.index], cos=buffers.cos_SD,
+            sin=buffers.sin_SD, query_norm=_head_norm(attention, "q_norm"),
+            key_norm=_head_norm(attention, "k_norm"), position_B=writer.tokens.position_B,
+            length_BG=lengths, skip_B=skip_B, part_sums=buffers.part_sums, part_state=buffers.part_state,
+            arrived=buffers.arrived, out=buffers.attended_BX, key_heads=heads, capacity=capacity,
+            leaves_entry=int(projects), scale=attention.scaling, eps=writer.model.config.rms_norm_eps,
+        )
+    )  # fmt: skip
+
+
+def _head_norm(attention: Any, name: str) -> Tensor | None:
+    return getattr(attention, name).weight if hasattr(attention, name) else None
+
+
+def _write_logits(writer: StepWriter) -> None:
+    tokens, model = writer.tokens, writer.model
+    norm: Any = model.model.norm
+    writer.product(
+        "product_logits", [model.lm_head.weight], writer.entering(model.config.layer_count), tokens.logits_BV,
+        norm=norm.weight, wide_out=tokens.best, best_index=tokens.best_index,
+    )  # fmt: skip
+
+
+def write_advance(writer: StepWriter, picks: bool) -> None:
+    """The step's last call: the token that is fed next, the position, the trace.
+
+    picks: the best token; else what is in token_B by then.
+    """
+    tokens = writer.tokens
+    writer.call(
+        "advance", 1, 256, best=tokens.best, best_index=tokens.best_index, offers=len(tokens.best) if picks else 0,
+        forced_steps=tokens.forced_steps, forced=tokens.forced_TB, token_B=tokens.token_B,
+        vocabulary=tokens.logits_BV.shape[1],
+        position_B=tokens.position_B, step=tokens.step, trace_steps=len(tokens.token_TB), token_trace=tokens.token_TB,
+    )  # fmt: skip

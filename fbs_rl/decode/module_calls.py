@@ -1,0 +1,184 @@
+"""The kernel calls of PAW, the Chunk-Head and the gates in one layer of a decoding step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fbs_rl.decode.step_writer import StepWriter
+from fbs_rl.model.layer import FBSLayer
+from fbs_rl.types import Compression, GateInputs
+
+
+def write_look(writer: StepWriter, layer: FBSLayer) -> None:
+    """ṽ and H₁ of a PAW layer; at the first one of a step, the shortlist before them."""
+    paw, head, buffers, config = (
+        layer.paw,
+        writer.model.model.preview,
+        writer.previews,
+        writer.model.config,
+    )
+    assert paw is not None and head is not None and buffers is not None
+    rank, horizons = head.rank, head.horizons
+    first = layer.index == config.preview_layers[0]
+    maps = [head.horizon_maps.flatten(0, 1)] + [buffers.mean_map_RR] * first
+    writer.product("product_plain", maps, writer.front(layer.index, "query"), buffers.query_BX)
+    if first:
+        mean = buffers.query_BX[:, horizons * rank :]
+        writer.product(
+            "product_scores", [buffers.table_NR], mean, None, out_stride=len(buffers.table_NR),
+            prior_N=buffers.prior_N, wide_out=buffers.score_BN,
+        )  # fmt: skip
+        writer.call(
+            "shortlist", writer.shape.rows, 1024, score_BN=buffers.score_BN, count=buffers.score_BN.shape[1],
+            wanted=head.shortlist_size, index_BM=buffers.index_BM,
+        )  # fmt: skip
+    dynamic = paw.fixed_window is None
+    window: dict[str, Any] = {"fixed_window": float(paw.fixed_window or 0)}
+    if dynamic:
+        window = {
+            "window_at": writer.fronts[layer.index].place["window"],
+            "window_hidden": paw.window_in.out_features,
+            "window_out": paw.window_out.weight,
+            "window_bias": paw.window_out.bias,
+            "fixed_window": -1.0,
+        }
+    mixes = paw.compression is Compression.CONV
+    count = head.shortlist_size
+    floats = count * (rank + 4) + 2 * horizons * rank + horizons * count + 48 * rank * mixes
+    writer.call(
+        "look", writer.shape.rows, 512, 4 * floats, front=writer.layers.front_BF,
+        front_stride=writer.layers.front_BF.stride(0), hard=int(paw.hard), temperature=config.paw_temperature,
+        query_BKR=buffers.query_BX, query_stride=buffers.query_BX.stride(0), index_BM=buffers.index_BM,
+        table_NR=buffers.table_NR, early=int(not first), horizons=horizons, candidates=count, rank=rank,
+        mix=paw.mix.weight if mixes else None, mix_bias=paw.mix.bias if mixes else None,
+        pooled_BR=buffers.pooled_BR, entropy_B=buffers.entropy_B, **window,
+    )  # fmt: skip
+
+
+def write_injection(writer: StepWriter, layer: FBSLayer) -> None:
+    """h̃ = h + s·W_up·RMSNorm(ṽ); h where the row skips."""
+    assert layer.paw is not None and writer.previews is not None
+    eps = layer.paw.up_norm.eps
+    writer.product(
+        "product_inject_preview", [layer.paw.up.weight], writer.previews.pooled_BR, writer.layers.injected_Bd,
+        norm=layer.paw.up_norm.weight, eps=eps, strength=layer.paw.strength,
+        residual_Bd=writer.entering(layer.index), skip_B=writer.skip_B(layer.index),
+    )  # fmt: skip
+
+
+def write_decision(writer: StepWriter, layer: FBSLayer) -> None:
+    """Who skips the block that begins here; nothing where no gate acts or no member may skip."""
+    config, gates, buffers = writer.model.config, writer.gates, writer.layers
+    index, gate = layer.index, layer.skip_gate
+    end = min(index + config.gate_block, config.layer_count)
+    mask = sum(1 << member - index for member in range(index, end) if member in writer.free)
+    if gate is None or not mask:
+        return
+    reads: dict[str, Any] = {}
+    if gate.reads_residual:
+        reads |= {
+            "reduce_at": writer.fronts[index].place["reduce"],
+            "reduce_width": gate.reduce.out_features,
+            "reduce_norm": gate.reduce_norm.weight,
+            "eps": gate.reduce_norm.eps,
+        }
+    if gate.reads_preview:
+        assert writer.previews is not None
+        reads |= {
+            "preview": gate.preview.weight,
+            "preview_width": gate.preview.out_features,
+            "pooled_width": gate.preview.in_features,
+            "pooled_B": writer.previews.pooled_BR,
+            "entropy_B": writer.previews.entropy_B,
+        }
+    if index > 0 and config.gate_inputs != GateInputs.PREVIEW:
+        reads |= _moved(writer, index - 1)
+    weights = sum(
+        weight.numel() for name, weight in gate.named_parameters() if name != "reduce.weight"
+    )
+    writer.call(
+        "decide", 1, 256, weights * gate.hidden.weight.element_size(),
+        front=buffers.front_BF, front_stride=buffers.front_BF.stride(0),
+        hidden=gate.hidden.weight, hidden_bias=gate.hidden.bias, out=gate.out.weight, out_bias=gate.out.bias,
+        hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
+        sampled=int(writer.sampled), consensus=int(writer.together), tau_B=gates.tau_B, seed_B2=gates.seed_B2,
+        position_B=writer.tokens.position_B, leader=index, members=end - index, free_mask=mask,
+        skip_LB=gates.skip_LB, layers=config.layer_count, step=writer.tokens.step,
+        trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, **reads,
+    )  # fmt: skip
+
+
+def _moved(writer: StepWriter, layer: int) -> dict[str, Any]:
+    """What tells how `layer` moved the rows that ran it, while its two states are still there."""
+    return {
+        "before_Bd": writer.entering(layer),
+        "after_Bd": writer.entering(layer + 1),
+        "left_skip_B": writer.skip_B(layer),
+        "width": writer.model.config.hidden_size,
+    }
+
+
+def write_move(writer: StepWriter, layer: FBSLayer) -> None:
+    """Note the motion of a layer that always runs inside a block: the next layer asks no gate that would."""
+    after = layer.index + 1
+    inside = after < writer.model.config.layer_count and after % writer.model.config.gate_block
+    if inside and writer.free and layer.index not in writer.free:
+        moved = _moved(writer, layer.index)
+        writer.call("move", 1, 256, motion_B2=writer.gates.motion_B2, **moved)
+
+
+def write_boundary(writer: StepWriter, layer: FBSLayer) -> None:
+    """Where chunks close."""
+    chunks, front = writer.chunks, writer.layers.front_BF
+    assert chunks is not None
+    writer.call(
+        "boundary", 1, 32, front=front, front_stride=front.stride(0),
+        label_at=writer.fronts[layer.index].place["label"], ring_length=writer.model.config.chunk_cache,
+        closed_B=chunks.closed_B, open_size_B=chunks.open_size_B, continuable_B=chunks.continuable_B,
+        before_B=chunks.before_B, slot_B=chunks.slot_B, size_B=chunks.size_B, kept_B=chunks.kept_B,
+        step=writer.tokens.step, trace_steps=len(chunks.closed_TB), closed_trace=chunks.closed_TB,
+        opens_trace=chunks.opens_TB,
+    )  # fmt: skip
+
+
+def write_chunk_read(writer: StepWriter, layer: FBSLayer) -> None:
+    """h̃ += s_c·W_o·(attention to the closed chunks)."""
+    reader, chunks, buffers = layer.chunk_reader, writer.chunks, writer.layers
+    assert reader is not None and chunks is not None
+    keys, values, _ = chunks.rings[layer.index]
+    width = reader.key.out_features
+    skip_B = writer.skip_B(layer.index)
+    writer.call_for_rows(
+        "chunk_read", reader.heads, 256, 4 * (2 + reader.cap + width // reader.heads + 256), front=buffers.front_BF,
+        front_stride=buffers.front_BF.stride(0), query_at=writer.fronts[layer.index].place["chunk_query"],
+        null_key=reader.null_key, null_value=reader.null_value, keys=keys, values=values,
+        bias_HC=reader.distance_bias, bucket_C=chunks.bucket_C, heads=reader.heads, width=width,
+        buckets=reader.buckets, ring_length=reader.cap, scale=1 / math.sqrt(width // reader.heads),
+        before_B=chunks.before_B, skip_B=skip_B, out=chunks.mixed_BW,
+    )  # fmt: skip
+    residual = writer.entering(layer.index) if layer.paw is None else buffers.injected_Bd
+    writer.product(
+        "product_inject_chunks", [reader.out.weight], chunks.mixed_BW, buffers.injected_Bd,
+        strength=reader.strength, residual_Bd=residual, skip_B=skip_B,
+    )  # fmt: skip
+
+
+def write_chunk_end(writer: StepWriter, layer: FBSLayer) -> None:
+    """Summaries of the chunks that close, and the open chunks' sums."""
+    reader, chunks = layer.chunk_reader, writer.chunks
+    assert reader is not None and chunks is not None
+    keys, values, sum_Bd = chunks.rings[layer.index]
+    writer.product(
+        "product_summary", [reader.summarise.weight], None, chunks.summary_BW, sum_Bd=sum_Bd,
+        size_B=chunks.size_B, slot_B=chunks.slot_B,
+    )  # fmt: skip
+    writer.product(
+        "product_ring", [reader.key.weight, reader.value.weight], chunks.summary_BW, None,
+        slot_B=chunks.slot_B, ring=[keys, values], ring_length=reader.cap,
+    )  # fmt: skip
+    state = writer.entering(layer.index)
+    writer.call(
+        "chunk_extend", writer.shape.rows, 256, state_Bd=state, width=state.shape[1],
+        eps=writer.model.config.rms_norm_eps, kept_B=chunks.kept_B, sum_Bd=sum_Bd,
+    )  # fmt: skip

@@ -1,0 +1,251 @@
+"""Memory of one decoding step that never moves, so that a captured graph can use it again and again.
+
+Letters: B rows, L layers, S places of a cache, D head size, d hidden size, T steps that a trace can hold, K horizons,
+R rank, M shortlist, N preview vocabulary, C ring of chunks, W chunk width. Flags and counts are int32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fbs_rl.model.chunk_head import distance_bucket
+from fbs_rl.model.configuration import FBSConfig
+from fbs_rl.model.modeling import FBSForCausalLM
+from fbs_rl.types import KVPolicy
+
+_MOST_SPLITS = 16  # MOST_PARTS of kernels/attention.cu
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much to make room for. tokens: prompt and answer of a row; steps: of a trace."""
+
+    rows: int
+    tokens: int
+    steps: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def numbers(self, *shape: int) -> Tensor:
+        """Zeros of the model's type."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def floats(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.device)
+
+    def integers(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+    def bytes(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+
+
+@dataclass(slots=True)
+class TokenBuffers:
+    """token_B is fed next, at position_B. forced_steps: so many steps take their token from forced_TB."""
+
+    token_B: Tensor
+    position_B: Tensor
+    step: Tensor
+    forced_steps: Tensor
+    forced_TB: Tensor
+    token_TB: Tensor
+    logits_BV: Tensor
+    best: Tensor
+    best_index: Tensor
+
+    @classmethod
+    def empty(cls, room: Room, config: FBSConfig, blocks: int) -> TokenBuffers:
+        rows, steps = room.rows, room.steps
+        return cls(
+            room.integers(rows),
+            room.integers(rows),
+            room.integers(1),
+            room.integers(1),
+            room.integers(steps, rows),
+            room.integers(steps, rows),
+            room.numbers(rows, config.vocab_size),
+            room.floats(blocks, rows),
+            room.integers(blocks, rows),
+        )
+
+
+@dataclass(slots=True)
+class LayerBuffers:
+    """state: h and the next layer's h, in turns. injected_Bd: h̃. middle_Bd: behind attention.
+
+    keys, values: per layer [B, key heads, S, D]. length_LBG: entries, where skipped tokens leave none; else None.
+    """
+
+    state: tuple[Tensor, Tensor]
+    injected_Bd: Tensor
+    middle_Bd: Tensor
+    front_BF: Tensor
+    qkv_BX: Tensor
+    attended_BX: Tensor
+    active_BI: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    length_LBG: Tensor | None
+    cos_SD: Tensor
+    sin_SD: Tensor
+    part_sums: Tensor
+    part_state: Tensor
+    arrived: Tensor
+    splits: int
+    qkv_bias: dict[int, Tensor]
+
+    @classmethod
+    def empty(cls, room: Room, model: FBSForCausalLM, front: int, multiprocessors: int) -> LayerBuffers:  # fmt: skip
+        config, rows = model.config, room.rows
+        assert config.head_dim is not None and config.num_key_value_heads is not None
+        hidden, groups, size = config.hidden_size, config.num_key_value_heads, config.head_dim
+        heads, layers = config.num_attention_heads, config.layer_count
+        splits = _attention_splits(rows * groups, room.tokens, multiprocessors)
+        cache = (rows, groups, room.tokens, size)
+        positions = torch.arange(room.tokens, device=room.device).unsqueeze(0)
+        cos, sin = model.model.rotary_emb(room.numbers(1, 1, hidden), positions)
+        noop = config.kv_on_skip == KVPolicy.NOOP
+        return cls(
+            state=(room.numbers(rows, hidden), room.numbers(rows, hidden)),
+            injected_Bd=room.numbers(rows, hidden),
+            middle_Bd=room.numbers(rows, hidden),
+            front_BF=room.numbers(rows, front),
+            qkv_BX=room.numbers(rows, (heads + 2 * groups) * size),
+            attended_BX=room.numbers(rows, heads * size),
+            active_BI=room.numbers(rows, config.intermediate_size),
+            keys=[room.numbers(*cache) for _ in range(layers)],
+            values=[room.numbers(*cache) for _ in range(layers)],
+            length_LBG=room.integers(layers, rows, groups) if noop else None,
+            cos_SD=cos[0].contiguous(),
+            sin_SD=sin[0].contiguous(),
+            part_sums=room.floats(rows, groups, splits, heads // groups, size),
+            part_state=room.floats(rows, groups, splits, heads // groups, 2),
+            arrived=room.integers(rows, groups),
+            splits=splits,
+            qkv_bias={i: bias for i, bias in _biases(model)},
+        )
+
+
+def _biases(model: FBSForCausalLM) -> Iterator[tuple[int, Tensor]]:
+    """Biases of queries, keys and values behind each other, of the layers that have them."""
+    for layer in model.model.fbs_layers():
+        parts = [getattr(layer.self_attn, f"{name}_proj").bias for name in "qkv"]
+        if parts[0] is not None:
+            yield layer.index, torch.cat([part.detach() for part in parts])
+
+
+def _attention_splits(heads: int, tokens: int, multiprocessors: int) -> int:
+    """Parts that a row's entries are cut into: about two blocks a multiprocessor, 32 entries or more each."""
+    return max(1, min(2 * multiprocessors // heads, -(-tokens // 32), _MOST_SPLITS))
+
+
+@dataclass(slots=True)
+class GateBuffers:
+    """Decisions of the step and of the steps before it. seed_B2: low and high word of each row's seed."""
+
+    skip_LB: Tensor
+    motion_B2: Tensor
+    tau_B: Tensor
+    seed_B2: Tensor
+    prob_TLB: Tensor
+    skip_TLB: Tensor
+
+    @classmethod
+    def empty(cls, room: Room, config: FBSConfig) -> GateBuffers:
+        layers, rows = config.layer_count, room.rows
+        return cls(
+            room.integers(layers, rows),
+            room.floats(rows, 2),
+            room.floats(rows),
+            room.integers(rows, 2),
+            room.floats(room.steps, layers, rows),
+            room.bytes(room.steps, layers, rows),
+        )
+
+
+@dataclass(slots=True)
+class PreviewBuffers:
+    """query_BX: every horizon's query, and the mean one behind them. The rest as in Glance and Shortlist.
+
+    table_NR, mean_map_RR, prior_N: what the preview head's weights determine; copy_weights() follows them.
+    """
+
+    query_BX: Tensor
+    score_BN: Tensor
+    index_BM: Tensor
+    pooled_BR: Tensor
+    entropy_B: Tensor
+    table_NR: Tensor
+    mean_map_RR: Tensor
+    prior_N: Tensor
+
+    @classmethod
+    def empty(cls, room: Room, config: FBSConfig) -> PreviewBuffers:
+        rows, rank, size = room.rows, config.paw_rank, config.preview_vocab_size
+        return cls(
+            room.numbers(rows, (config.paw_horizon + 1) * rank),
+            room.floats(rows, size),
+            room.integers(rows, config.paw_shortlist),
+            room.numbers(rows, config.pooled_width),
+            room.floats(rows),
+            room.numbers(size, rank),
+            room.numbers(rank, rank),
+            room.floats(size),
+        )
+
+    @torch.no_grad()
+    def copy_weights(self, model: FBSForCausalLM) -> None:
+        head = model.model.preview
+        assert head is not None
+        self.table_NR.copy_(head.reduced_embedding(model.model.embed_tokens.weight))
+        self.mean_map_RR.copy_(head.horizon_maps.mean(0))
+        self.prior_N.copy_(head.log_prior_N)
+
+
+@dataclass(slots=True)
+class ChunkBuffers:
+    """As ChunkState and ReaderChunks hold them; before_B to kept_B say what the current token does.
+
+    rings: by chunk layer, keys and values [B, C, W] and the open chunk's sum [B, d].
+    """
+
+    closed_B: Tensor
+    open_size_B: Tensor
+    continuable_B: Tensor
+    before_B: Tensor
+    slot_B: Tensor
+    size_B: Tensor
+    kept_B: Tensor
+    closed_TB: Tensor
+    opens_TB: Tensor
+    mixed_BW: Tensor
+    summary_BW: Tensor
+    bucket_C: Tensor
+    rings: dict[int, tuple[Tensor, Tensor, Tensor]]
+
+    @classmethod
+    def empty(cls, room: Room, config: FBSConfig) -> ChunkBuffers:
+        rows, width, ring = room.rows, config.chunk_width, config.chunk_cache
+        distance_C = torch.arange(ring, device=room.device)
+        bucket_C = distance_bucket(distance_C, config.chunk_distance_buckets, ring)
+        return cls(
+            *(room.integers(rows) for _ in range(7)),
+            closed_TB=room.integers(room.steps, rows),
+            opens_TB=room.bytes(room.steps, rows),
+            mixed_BW=room.numbers(rows, width),
+            summary_BW=room.numbers(rows, width),
+            bucket_C=bucket_C.int(),
+            rings={
+                layer: (
+                    room.numbers(rows, ring, width),
+                    room.numbers(rows, ring, width),
+                    room.floats(rows, config.hidden_size),
+                )
+                for layer in config.reader_layers
+            },
+        )

@@ -1,0 +1,61 @@
+"""What the graph decoder does not do, each refused in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fbs_rl.model.modeling import FBSForCausalLM
+from fbs_rl.types import Compression, GateInputs, GateMode
+
+_MOST_PREVIEW_TOKENS = 32 * 1024  # that the shortlist kernel holds in registers
+_MOST_GATE_FEATURES = 512
+_MOST_HORIZONS = 64
+
+
+def check_supported(model: FBSForCausalLM, mode: GateMode, tokens: int) -> None:
+    """Raise ValueError for the first thing about the model or the call that the graph decoder cannot do."""
+    config = model.config
+    if mode is GateMode.REPLAY:
+        raise ValueError(
+            'the graph decoder does not replay actions; use the parallel forward with gates="replay"'
+        )
+    if mode is not GateMode.DENSE and not config.gate:
+        raise ValueError(f'gates is "{mode}" but this model was made without gates')
+    if tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"{tokens} tokens are more than the model's context of {config.max_position_embeddings}"
+        )
+    for reason in _reasons(model):
+        raise ValueError(
+            f"the graph decoder does not support {reason}; decode with fbs_rl.decoding"
+        )
+
+
+def _reasons(model: FBSForCausalLM) -> Iterator[str]:
+    config = model.config
+    assert config.num_key_value_heads is not None
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        yield f"weights in {model.dtype}, only float32 and bfloat16"
+    if config.hidden_act != "silu":
+        yield f"the activation {config.hidden_act!r}, only 'silu'"
+    if config.mlp_bias and config.backbone_type == "llama":
+        yield "biases in the MLP"
+    if config.segment_position:
+        yield "segment_position"
+    if config.paw:
+        if config.paw_embed_space == "full":
+            yield 'paw_embed_space "full"'
+        if config.paw_compression not in (Compression.CONV, Compression.MEAN):
+            yield f'paw_compression "{config.paw_compression}"'
+        if config.preview_vocab_size > _MOST_PREVIEW_TOKENS:
+            yield f"a preview vocabulary of more than {_MOST_PREVIEW_TOKENS} tokens"
+        if config.paw_horizon > _MOST_HORIZONS:
+            yield f"more than {_MOST_HORIZONS} horizons"
+    chunk_head = config.chunk_width // config.chunk_heads
+    if config.chunk and (chunk_head > 256 or chunk_head % 8):
+        yield f"chunk heads of {chunk_head} numbers, only multiples of 8 up to 256"
+    features = config.gate_residual_width + config.gate_preview_width + 3
+    if config.gate and config.gate_inputs == GateInputs.BOTH and features > _MOST_GATE_FEATURES:
+        yield f"more than {_MOST_GATE_FEATURES} features of a gate"

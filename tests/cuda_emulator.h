@@ -1,0 +1,149 @@
+// Enough of CUDA to run the decoder's kernels on a CPU: one fiber a thread, one block after the other.
+#include <setjmp.h>
+#include <ucontext.h>
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+using std::max;
+using std::min;
+
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct dim3 { unsigned x = 1, y = 1, z = 1; };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __restrict__
+#define __align__(n)
+
+static dim3 threadIdx, blockIdx, blockDim, gridDim;
+#define FENCE 1024  // bytes behind what a launch asked for, which must stay as they are
+alignas(16) static unsigned char shared[1 << 20];
+
+template <class To, class From> inline To same_bits(From v) { To out; memcpy(&out, &v, sizeof(To)); return out; }
+inline float __int_as_float(int v) { return same_bits<float>(v); }
+inline float __uint_as_float(unsigned v) { return same_bits<float>(v); }
+inline unsigned __float_as_uint(float v) { return same_bits<unsigned>(v); }
+inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
+template <class T> inline T __ldcg(const T* p) { return *p; }
+inline int atomicAdd(int* p, int v) { int old = *p; *p += v; return old; }
+inline void __threadfence() {}
+
+enum Wait { RUNS, AT_WARP, AT_BLOCK, DONE };
+
+struct Fiber {
+  ucontext_t context;  // where the fiber begins
+  jmp_buf place;       // where it goes on
+  bool begun = false;
+  std::vector<char> stack = std::vector<char>(1 << 16);
+  Wait wait = RUNS;
+  int turn = 0;
+};
+
+static std::vector<Fiber> fibers(1024);
+static jmp_buf scheduler;
+static unsigned running;
+static float exchanged[2][1024];
+static void (*body)(const void*);
+static const void* body_arguments;
+
+inline void yield_at(Wait wait) {
+  fibers[running].wait = wait;
+  if (!_setjmp(fibers[running].place)) _longjmp(scheduler, 1);
+}
+inline void __syncthreads() { yield_at(AT_BLOCK); }
+inline void __syncwarp() { yield_at(AT_WARP); }
+
+template <class T> inline T exchange(T value, int from) {
+  const int turn = fibers[running].turn++ % 2;
+  exchanged[turn][running] = same_bits<float>(value);
+  yield_at(AT_WARP);
+  return same_bits<T>(exchanged[turn][running / 32 * 32 + from]);
+}
+template <class T> inline T __shfl_xor_sync(unsigned, T v, int mask) { return exchange(v, (running % 32) ^ mask); }
+template <class T> inline T __shfl_up_sync(unsigned, T v, int by) {
+  const int lane = running % 32;
+  return exchange(v, lane < by ? lane : lane - by);
+}
+
+static void enter_fiber() {
+  body(body_arguments);
+  fibers[running].wait = DONE;
+  _longjmp(scheduler, 1);
+}
+
+static void resume(Fiber& f) {
+  if (_setjmp(scheduler)) return;
+  if (f.begun) _longjmp(f.place, 1);
+  f.begun = true;
+  setcontext(&f.context);
+}
+
+// Lets the fibers of [from, to) go on if none of them runs and all that are left wait for `wait`.
+static bool release(unsigned from, unsigned to, Wait wait) {
+  bool any = false;
+  for (unsigned i = from; i < to; ++i) {
+    if (fibers[i].wait == RUNS) return false;
+    if (fibers[i].wait == DONE) continue;
+    if (fibers[i].wait != wait) return false;
+    any = true;
+  }
+  if (any) for (unsigned i = from; i < to; ++i) if (fibers[i].wait == wait) fibers[i].wait = RUNS;
+  return any;
+}
+
+static bool run_block(unsigned threads) {
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& f = fibers[i];
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data();
+    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_link = nullptr;
+    f.wait = RUNS;
+    f.begun = false;
+    f.turn = 0;
+    makecontext(&f.context, enter_fiber, 0);
+  }
+  for (;;) {
+    bool moved = false, left = false;
+    for (running = 0; running < threads; ++running) {
+      Fiber& f = fibers[running];
+      if (f.wait != RUNS) continue;
+      threadIdx.x = running;
+      resume(f);
+      moved = true;
+    }
+    for (unsigned w = 0; w < threads; w += 32) moved |= release(w, min(w + 32, threads), AT_WARP);
+    moved |= release(0, threads, AT_BLOCK);
+    for (unsigned i = 0; i < threads; ++i) left |= fibers[i].wait != DONE;
+    if (!left) return true;
+    if (!moved) return false;  // threads wait for each other
+  }
+}
+
+static bool run_grid(void (*kernel)(const void*), const void* arguments, const unsigned* grid, unsigned threads,
+                     unsigned bytes) {
+  body = kernel;
+  body_arguments = arguments;
+  blockDim.x = threads;
+  gridDim.x = grid[0], gridDim.y = grid[1], gridDim.z = grid[2];
+  for (blockIdx.z = 0; blockIdx.z < grid[2]; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < grid[1]; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid[0]; ++blockIdx.x) {
+        memset(shared, 0xff, bytes);  // NaN: nothing may be read before it is written
+        memset(shared + bytes, 0x5a, FENCE);
+        if (!run_block(threads)) return false;
+        for (int i = 0; i < FENCE; ++i)
+          if (shared[bytes + i] != 0x5a) return false;
+      }
+  return true;
+}

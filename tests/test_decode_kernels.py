@@ -1,0 +1,372 @@
+"""The decoder's kernels, each against a float64 reference, in both number formats."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fbs_rl.decode.kernel_arguments import kernel_structures, make_launch
+from fbs_rl.decode.kernel_source import KernelShape
+from fbs_rl.decode.product_plan import WARPS, ProductPlan
+from fbs_rl.model.skip_gate import gate_uniform
+from tests.decode_launchers import PLACES, make_launcher
+
+ROWS, HEAD_DIM, GROUP = 3, 16, 2
+FORMATS = [torch.float32, torch.bfloat16]
+ERROR = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
+
+
+class Bench:
+    """One place, one format, and tensors on it that are NaN until something is written."""
+
+    def __init__(self, place: str, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.shape = KernelShape(ROWS, dtype == torch.bfloat16, HEAD_DIM, GROUP)
+        self.launcher = make_launcher(place, self.shape)
+        self.device = self.launcher.device
+        self.draw = torch.Generator().manual_seed(7)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.draw).to(self.device, self.dtype)
+
+    def blank(self, *shape: int) -> Tensor:
+        return torch.full(shape, math.nan, device=self.device, dtype=self.dtype)
+
+    def integers(self, *values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def product(self, kernel: str, weights: list[Tensor], **values: Any) -> None:
+        rows, columns = [len(w) for w in weights], weights[0].shape[1]
+        plan = ProductPlan.of(sum(rows), columns, self.shape, self.launcher.multiprocessors)
+        self.launcher.launch(
+            make_launch(
+                kernel,
+                (plan.blocks, 1, 1),
+                32 * WARPS,
+                plan.shared_bytes,
+                weight=weights,
+                rows=rows,
+                columns=columns,
+                splits=plan.splits,
+                unit_chunks=plan.unit_chunks,
+                chunk=plan.chunk,
+                slots=plan.slots,
+                **{"kept_from": -1, "eps": 1e-6, "input_stride": columns} | values,
+            )
+        )
+
+
+@pytest.fixture(params=FORMATS, ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=PLACES)
+def bench(request: pytest.FixtureRequest, dtype: torch.dtype) -> Bench:
+    return Bench(request.param, dtype)
+
+
+def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    error = (found.double().cpu() - wanted.cpu()).norm() / wanted.norm().cpu()
+    assert error < ERROR[dtype]
+
+
+def normed(x: Tensor) -> Tensor:
+    return x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 8), (97, 48), (34, 1040), (120, 608)])
+def test_plain_product(bench: Bench, rows: int, columns: int) -> None:
+    """Shapes with one warp's work, an odd number of rows, several chunks, and more rows than warps."""
+    weight, x, bias, out = (
+        bench.normal(rows, columns),
+        bench.normal(ROWS, columns),
+        bench.normal(rows),
+        bench.blank(ROWS, rows),
+    )
+    bench.product("product_plain", [weight], input=x, out=out, out_stride=rows, bias_N=bias)
+    close(out, x.double() @ weight.double().T + bias.double(), bench.dtype)
+
+
+def test_three_matrices_with_a_norm(bench: Bench) -> None:
+    weights = [bench.normal(n, 48) for n in (32, 16, 16)]
+    x, norm, out = bench.normal(ROWS, 48), bench.normal(48), bench.blank(ROWS, 64)
+    bench.product("product_qkv", weights, input=x, norm=norm, out=out, out_stride=64)
+    close(out, (normed(x) * norm.double()) @ torch.cat(weights).double().T, bench.dtype)
+
+
+def test_gated_product(bench: Bench) -> None:
+    gate, up = bench.normal(40, 48), bench.normal(40, 48)
+    x, norm, out = bench.normal(ROWS, 48), bench.normal(48), bench.blank(ROWS, 40)
+    bench.product("product_gate_up", [gate, up], input=x, norm=norm, out=out, out_stride=40)
+    wide = normed(x) * norm.double()
+    wanted = torch.nn.functional.silu(wide @ gate.double().T) * (wide @ up.double().T)
+    close(out, wanted, bench.dtype)
+
+
+def skipping(bench: Bench, *flags: int, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(what the layer's end writes, what it would if all ran, the states) with the flags of who skips."""
+    weight, x = bench.normal(24, 32), bench.normal(ROWS, 32)
+    residual, state, out = bench.normal(ROWS, 24), bench.normal(ROWS, 24), bench.blank(ROWS, 24)
+    bench.product(
+        "product_down",
+        [weight],
+        input=x,
+        residual_Bd=residual,
+        state_Bd=state,
+        out=out,
+        out_stride=24,
+        skip_B=bench.integers(*flags),
+        **more,
+    )
+    return out, residual.double() + x.double() @ weight.double().T, state.double()
+
+
+@pytest.mark.parametrize("flags", [(0, 0, 0), (0, 1, 0), (1, 1, 1)])
+def test_rows_that_skip_keep_their_state(bench: Bench, flags: tuple[int, ...]) -> None:
+    out, ran, state = skipping(bench, *flags)
+    skip_B1 = torch.tensor(flags, device=bench.device).bool().unsqueeze(1)
+    close(out, torch.where(skip_B1, state, ran), bench.dtype)
+
+
+@pytest.mark.parametrize("flags", [(0, 1, 0), (1, 1, 1)])
+def test_rows_that_skip_take_the_adapter(bench: Bench, flags: tuple[int, ...]) -> None:
+    up, down = bench.normal(24, 8), bench.normal(ROWS, 16)
+    out, ran, state = skipping(
+        bench, *flags, adapter_up=up, adapter_down=down[:, 8:], down_stride=16, adapter_rank=8
+    )
+    adapted = state + torch.nn.functional.silu(down[:, 8:].double()) @ up.double().T
+    skip_B1 = torch.tensor(flags, device=bench.device).bool().unsqueeze(1)
+    close(out, torch.where(skip_B1, adapted, ran), bench.dtype)
+
+
+def test_nobody_runs_but_some_outputs_are_kept(bench: Bench) -> None:
+    """Keys and values of a layer that all rows skip; its queries stay unwritten."""
+    weights = [bench.normal(n, 48) for n in (32, 16, 16)]
+    x, norm, out = bench.normal(ROWS, 48), bench.normal(48), bench.blank(ROWS, 64)
+    bench.product(
+        "product_qkv",
+        weights,
+        input=x,
+        norm=norm,
+        out=out,
+        out_stride=64,
+        kept_from=32,
+        skip_B=bench.integers(1, 1, 1),
+    )
+    wide = normed(x) * norm.double()
+    close(out[:, 32:], wide @ torch.cat(weights[1:]).double().T, bench.dtype)
+    assert bool(out[:, :32].isnan().all())
+
+
+def test_the_best_logit_of_each_block(bench: Bench) -> None:
+    weight, x, norm = bench.normal(97, 48), bench.normal(ROWS, 48), bench.normal(48)
+    blocks = bench.launcher.multiprocessors
+    out, best = bench.blank(ROWS, 97), torch.full((blocks, ROWS), -math.inf, device=bench.device)
+    index = torch.zeros(blocks, ROWS, dtype=torch.int32, device=bench.device)
+    bench.product(
+        "product_logits",
+        [weight],
+        input=x,
+        norm=norm,
+        out=out,
+        out_stride=97,
+        wide_out=best,
+        best_index=index,
+    )
+    close(out, (normed(x) * norm.double()) @ weight.double().T, bench.dtype)
+    row_B = torch.arange(ROWS, device=bench.device)
+    winner_B = best.argmax(0)
+    assert torch.equal(index[winner_B, row_B].long(), out.float().argmax(-1))
+
+
+def attention_case(
+    bench: Bench, position: int, splits: int, noop: bool, flags: list[int]
+) -> tuple[Tensor, Tensor, Any]:
+    """(found, wanted, the buffers) of three rows that attend to `position` entries and their own."""
+    heads, capacity = 2, 200
+    qkv = bench.normal(ROWS, (GROUP + 2) * heads * HEAD_DIM)
+    keys, values = (
+        bench.normal(ROWS, heads, capacity, HEAD_DIM),
+        bench.normal(ROWS, heads, capacity, HEAD_DIM),
+    )
+    angle = torch.rand(capacity, HEAD_DIM // 2, generator=bench.draw).repeat(1, 2).to(bench.device)
+    cos, sin = angle.cos().to(bench.dtype), angle.sin().to(bench.dtype)
+    norm = bench.normal(HEAD_DIM)
+    out = bench.blank(ROWS, GROUP * heads * HEAD_DIM)
+    length = torch.full((ROWS, heads), position, dtype=torch.int32, device=bench.device)
+    parts = torch.full((ROWS, heads, splits, GROUP, HEAD_DIM), math.nan, device=bench.device)
+    before = keys.clone(), values.clone()
+    bench.launcher.launch(
+        make_launch(
+            "attention",
+            (heads, splits, ROWS),
+            256,
+            qkv=qkv,
+            keys=keys,
+            values=values,
+            cos=cos,
+            sin=sin,
+            query_norm=norm,
+            key_norm=norm,
+            position_B=length[:, 0].contiguous(),
+            skip_B=bench.integers(*flags),
+            length_BG=length if noop else None,
+            part_sums=parts,
+            part_state=parts[..., :2].contiguous(),
+            arrived=torch.zeros(ROWS, heads, dtype=torch.int32, device=bench.device),
+            out=out,
+            key_heads=heads,
+            capacity=capacity,
+            leaves_entry=int(not noop),
+            scale=0.25,
+            eps=1e-6,
+        )
+    )
+    split = qkv.double().view(ROWS, -1, HEAD_DIM)
+    query, key, value = split.split([GROUP * heads, heads, heads], 1)
+
+    def turned(x: Tensor) -> Tensor:
+        x = normed(x) * norm.double()
+        half = torch.cat((-x[..., HEAD_DIM // 2 :], x[..., : HEAD_DIM // 2]), -1)
+        return x * cos[position].double() + half * sin[position].double()
+
+    every = [
+        torch.cat((old[:, :, :position].double(), new.unsqueeze(2)), 2)
+        for old, new in zip(before, (turned(key), value), strict=True)
+    ]
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        turned(query).view(ROWS, heads, GROUP, HEAD_DIM), *every, scale=0.25
+    )
+    return out, wanted.flatten(1), (keys, values, every, length, before)
+
+
+@pytest.mark.parametrize(("position", "splits"), [(1, 1), (37, 1), (150, 3), (2, 4)])
+def test_attention(bench: Bench, position: int, splits: int) -> None:
+    found, wanted, (keys, values, every, *_) = attention_case(
+        bench, position, splits, False, [0, 0, 0]
+    )
+    close(found, wanted, bench.dtype)
+    close(keys[:, :, position], every[0][:, :, position], bench.dtype)
+    close(values[:, :, position], every[1][:, :, position], bench.dtype)
+
+
+@pytest.mark.parametrize("noop", [False, True])
+def test_attention_of_rows_that_skip(bench: Bench, noop: bool) -> None:
+    """They write no output; `project` leaves their entry, `noop` neither entry nor count."""
+    found, wanted, (keys, _, every, length, before) = attention_case(bench, 37, 2, noop, [0, 1, 0])
+    close(found[::2], wanted[::2], bench.dtype)
+    assert bool(found[1].isnan().all())
+    if noop:
+        assert torch.equal(keys[1], before[0][1])
+        assert length[:, 0].tolist() == [38, 37, 38]
+    else:
+        close(keys[1, :, 37], every[0][1, :, 37], bench.dtype)
+
+
+@pytest.mark.parametrize(("size", "count"), [(50, 8), (3000, 64), (64, 64)])
+def test_the_shortlist_is_the_highest_scores(bench: Bench, size: int, count: int) -> None:
+    score = torch.randn(ROWS, size, generator=bench.draw)
+    score[0, :5] = 9.0  # equal ones, the lowest threads first
+    score[1] = -score[1].abs()
+    index = torch.zeros(ROWS, count, dtype=torch.int32, device=bench.device)
+    bench.launcher.launch(
+        make_launch(
+            "shortlist",
+            (ROWS, 1, 1),
+            1024,
+            score_BN=score.to(bench.device),
+            count=size,
+            wanted=count,
+            index_BM=index,
+        )
+    )
+    wanted = score.topk(count).indices.sort(-1).values
+    assert torch.equal(index.long().cpu().sort(-1).values, wanted)
+
+
+def test_noise_is_that_of_the_model(bench: Bench) -> None:
+    """A gate that always answers one half skips where the model's own noise is below it."""
+    seeds, width = torch.tensor([-7, 2**33 + 5, 12345]), 4
+    position, layer = bench.integers(3, 70000, 9), 5
+    skip_LB = torch.zeros(8, ROWS, dtype=torch.int32, device=bench.device)
+    zero = torch.zeros(64, dtype=bench.dtype, device=bench.device)
+    probs = torch.zeros(1, 8, ROWS, device=bench.device)
+    skips = torch.zeros(1, 8, ROWS, dtype=torch.uint8, device=bench.device)
+    bench.launcher.launch(
+        make_launch(
+            "decide",
+            (1, 1, 1),
+            256,
+            256,
+            front=zero,
+            front_stride=8,
+            reduce_width=width,
+            reduce_norm=zero,
+            hidden=zero,
+            hidden_bias=zero,
+            out=zero,
+            out_bias=zero,
+            hidden_width=2,
+            clip=6.0,
+            eps=1e-6,
+            motion_B2=torch.zeros(ROWS, 2, device=bench.device),
+            sampled=1,
+            tau_B=probs,
+            seed_B2=seeds.view(torch.int32).view(-1, 2).to(bench.device),
+            position_B=position,
+            leader=layer,
+            members=2,
+            free_mask=0b11,
+            skip_LB=skip_LB,
+            layers=8,
+            step=bench.integers(0),
+            trace_steps=1,
+            prob_trace=probs,
+            skip_trace=skips,
+        )
+    )
+    wanted = gate_uniform(seeds, position.cpu().unsqueeze(1), layer)[:, 0] < 0.5
+    assert skip_LB[layer].bool().tolist() == skip_LB[layer + 1].bool().tolist() == wanted.tolist()
+    assert skips[0, layer].bool().tolist() == wanted.tolist()
+    assert probs[0, layer].tolist() == [0.5] * ROWS and not skip_LB[:5].any()
+
+
+def test_structures_are_read_from_the_source() -> None:
+    kinds = kernel_structures()
+    assert {"attention", "decide", "look", "product_qkv", "advance"} <= kinds.keys()
+    fields = [field[0] for field in kinds["product_qkv"]._fields_]
+    assert fields[:3] == ["weight", "rows", "columns"]
+    with pytest.raises(KeyError, match="takes no colour"):
+        make_launch("embed", (1, 1, 1), 32, colour=1)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(
+    ("outputs", "columns"),
+    [(6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728), (151936, 2560), (8, 128)],
+)
+def test_plans_cover_every_column_and_balance_the_warps(
+    rows: int, outputs: int, columns: int
+) -> None:
+    shape = KernelShape(rows, True, 128, 4)
+    plan = ProductPlan.of(outputs, columns, shape, 132)
+    assert columns % (plan.chunk * plan.splits) == 0 and plan.chunk % 8 == 0
+    assert 1 <= plan.slots <= 8 and plan.shared_bytes <= 223 * 1024
+    each = math.ceil(math.ceil(outputs / shape.out_rows) / plan.blocks)
+    busiest = math.ceil(each * plan.splits / WARPS) * columns / plan.splits
+    if outputs > 1000:
+        assert busiest <= 1.1 * each * columns / WARPS
+
+
+def test_plans_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="multiples of 8"):
+        ProductPlan.of(64, 100, KernelShape(1, True, 128, 4), 132)
+    with pytest.raises(ValueError, match="decode fewer rows at once or in bfloat16"):
+        ProductPlan.of(2560, 9728, KernelShape(8, False, 128, 4), 132)
+    with pytest.raises(ValueError, match="takes 1 to 16"):
+        KernelShape(17, True, 128, 4)

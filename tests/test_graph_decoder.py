@@ -1,0 +1,190 @@
+"""The graph decoder makes the decisions and logits of the model's own pass, on the kernels' source itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fbs_rl.decode.graph_decoder import DecodeTrace, GraphDecoder, RowsDecide, kernel_shape
+from fbs_rl.decode.supported import check_supported
+from fbs_rl.model.flops import count_trace
+from fbs_rl.model.kv_cache import FBSCache
+from fbs_rl.types import FBSOutput, GateMode
+from tests.decode_launchers import PLACES, make_launcher
+from tests.tiny import NOOP, VOCAB, fresh, lively
+
+PROMPT, STEPS = 40, 4  # more than 32 entries: attention in more than one part
+OFF = {"paw": False, "chunk": False}
+CASES: list[tuple[str, int, str, dict[str, Any]]] = [
+    ("qwen3", 1, "dense", {"gate": False, **OFF}),
+    ("llama", 2, "dense", {"bias": True}),
+    ("qwen3", 2, "threshold", {}),
+    ("qwen3", 1, "sample", {**NOOP, "chunk_cache": 3}),
+    ("llama", 2, "threshold", {"gate_block": 4, "never_skip": (5,), "gate_inputs": "residual", **NOOP}),
+    ("qwen3", 1, "threshold", {"paw_window": "fixed", "paw_compression": "mean", "gate_inputs": "preview"}),
+]  # fmt: skip
+
+
+def tokens(rows: int, length: int, seed: int) -> Tensor:
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def gates_of(mode: str, rows: int) -> dict[str, Any]:
+    return {
+        "dense": {},
+        "threshold": {"tau": 0.5},
+        "sample": {"gate_seed": torch.arange(rows) * 2**33 - 7},
+    }[mode]
+
+
+@torch.no_grad()
+def refereed(model: Any, prompt: Tensor, fed: Tensor, mode: str, gates: dict[str, Any]) -> FBSOutput:  # fmt: skip
+    """The parallel pass over prompt and answer, gates acting behind the prompt."""
+    return model(
+        torch.cat((prompt, fed), 1), gates=mode, decode_start=prompt.shape[1], use_cache=False, **gates
+    )  # fmt: skip
+
+
+def decoder_of(model: Any, place: str, rows: int, mode: str, **options: Any) -> GraphDecoder:
+    placed = copy.deepcopy(model)
+    if place == "cuda":
+        placed.cuda()
+    launcher = make_launcher(place, kernel_shape(model, rows))
+    return GraphDecoder(placed, rows, PROMPT + STEPS, gates=mode, launcher=launcher, **options)
+
+
+def forced(
+    decoder: GraphDecoder, prompt: Tensor, fed: Tensor, gates: dict[str, Any]
+) -> tuple[DecodeTrace, Tensor]:
+    """The trace, and the logits of every step [B, T, V]."""
+    decoder.prefill(prompt, **gates)
+    decoder.force(fed.to(decoder.launcher.device))
+    logits = []
+    for _ in range(fed.shape[1]):
+        decoder.step()
+        logits.append(decoder.logits_BV.cpu().clone())
+    return decoder.trace(), torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("family", "rows", "mode", "options"), CASES)
+def test_decisions_and_logits_are_those_of_the_parallel_pass(
+    place: str, family: str, rows: int, mode: str, options: dict[str, Any]
+) -> None:
+    model = lively(family, **options)
+    prompt, fed, gates = tokens(rows, PROMPT, 1), tokens(rows, STEPS, 2), gates_of(mode, rows)
+    wanted = refereed(model, prompt, fed, mode, gates)
+    found, logits = forced(decoder_of(model, place, rows, mode), prompt, fed, gates)
+    assert wanted.skip is not None and wanted.logits is not None and wanted.gate_prob is not None
+    assert torch.equal(found.skip_LBT, wanted.skip[:, :, PROMPT:])
+    torch.testing.assert_close(logits, wanted.logits[:, PROMPT:], atol=1e-5, rtol=1e-5)
+    if mode != "dense":
+        assert 0.1 < found.skip_LBT.float().mean() < 0.8
+        prob = wanted.gate_prob[:, :, PROMPT:]
+        torch.testing.assert_close(found.prob_LBT, prob, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.token_BT[:, :STEPS], fed)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_greedy_tokens_and_chunks_are_those_of_the_cached_pass(place: str) -> None:
+    """And a decoder that is used again forgets what it decoded before."""
+    model = lively("qwen3")
+    prompt, cache = tokens(1, PROMPT, 3), FBSCache(model.config.layer_count)
+    fed, closed, skips = [], [], []
+    with torch.no_grad():
+        out = model(prompt, past_key_values=cache, gates="threshold", tau=0.5)
+        for _ in range(STEPS):
+            fed.append(out.logits[:, -1].argmax(-1, keepdim=True))
+            assert cache.chunks is not None
+            closed.append(cache.chunks.closed_B.clone())
+            out = model(fed[-1], past_key_values=cache, gates="threshold", tau=0.5)
+            skips.append(out.skip)
+    decoder = decoder_of(model, place, 1, "threshold")
+    for turn in (prompt.flip(1), prompt):
+        decoder.prefill(turn, tau=0.5)
+        decoder.step(STEPS)
+    found = decoder.trace()
+    last = out.logits[:, -1].argmax(-1, keepdim=True)
+    assert torch.equal(found.token_BT, torch.cat([*fed, last], 1))
+    assert torch.equal(found.skip_LBT, torch.cat(skips, 2))
+    assert found.closed_chunks_BT is not None and found.opens_BT is not None
+    assert torch.equal(found.closed_chunks_BT, torch.stack(closed, 1))
+    start_B = torch.tensor([PROMPT])
+    cost = count_trace(model.config, found.skip_LBT, start_B, True, found.closed_chunks_BT, found.opens_BT)  # fmt: skip
+    assert cost.skip_ratio == found.skip_LBT.double().mean()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_rows_that_decide_together_skip_by_the_mean(place: str) -> None:
+    """In the first step both rows' probabilities are the referee's, so the common decision is known."""
+    model = lively("qwen3")
+    prompt, fed = tokens(2, PROMPT, 4), tokens(2, 1, 5)
+    wanted = refereed(model, prompt, fed, "threshold", {"tau": 1.0}).gate_prob
+    assert wanted is not None
+    first_gate = wanted[0, :, -1]  # before any skip: what the referee saw, too
+    decoder = decoder_of(model, place, 2, "threshold", rows_decide=RowsDecide.TOGETHER)
+    low, high = sorted(first_gate.tolist())
+    for tau, skipped in (((low + high) / 2 - 1e-3, True), ((low + high) / 2 + 1e-3, False)):
+        found, _ = forced(decoder, prompt, fed, {"tau": tau})
+        assert found.skip_LBT[0, :, 0].tolist() == [skipped, skipped]
+        assert bool((found.skip_LBT[:, 0] == found.skip_LBT[:, 1]).all())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_changed_gates_act_without_a_new_graph(place: str) -> None:
+    model = lively("qwen3", **OFF, gate_inputs="residual")
+    decoder = decoder_of(model, place, 1, "threshold")
+    prompt, fed = tokens(1, PROMPT, 6), tokens(1, 1, 7)
+    with torch.no_grad():
+        for layer in decoder.model.model.fbs_layers():
+            if layer.skip_gate is not None:
+                layer.skip_gate.reduce.weight.neg_()
+    decoder.refresh_weights()
+    found, _ = forced(decoder, prompt, fed, {"tau": 0.5})
+    wanted = refereed(decoder.model.cpu(), prompt, fed, "threshold", {"tau": 0.5}).gate_prob
+    assert wanted is not None
+    torch.testing.assert_close(found.prob_LBT[..., 0], wanted[..., -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"segment_position": True}, "segment_position"),
+        ({"paw_embed_space": "full"}, 'paw_embed_space "full"'),
+        ({"paw_compression": "linear"}, 'paw_compression "linear"'),
+    ],
+)
+def test_what_is_not_supported_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_supported(fresh(**options), GateMode.DENSE, 8)
+
+
+def test_replay_and_long_texts_are_refused() -> None:
+    with pytest.raises(ValueError, match="does not replay"):
+        check_supported(fresh(), GateMode.REPLAY, 8)
+    with pytest.raises(ValueError, match="context of 128"):
+        check_supported(fresh(), GateMode.DENSE, 129)
+    with pytest.raises(ValueError, match="made without gates"):
+        check_supported(fresh(gate=False), GateMode.THRESHOLD, 8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_the_error_names_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"needs a CUDA device .* fbs_rl\.decoding"):
+        GraphDecoder(fresh(), 1, 16)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_calls_that_do_not_fit_are_refused(place: str) -> None:
+    decoder = decoder_of(lively("qwen3", gate=False, **OFF), place, 1, "dense")
+    with pytest.raises(ValueError, match="prefill first"):
+        decoder.step()
+    with pytest.raises(ValueError, match="takes 1 rows of 1 to 43"):
+        decoder.prefill(tokens(2, 5, 8))
+    decoder.prefill(tokens(1, PROMPT, 9))
+    with pytest.raises(ValueError, match="do not fit 44 tokens"):
+        decoder.step(STEPS + 1)
