@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fbs_rl.training.settings import PretrainSettings
 
 _START_S = 90
+_AGENT_S = 240
 PROJECT = Path(__file__).parents[1]
 
 
@@ -170,14 +171,16 @@ def wait_for_step(
 
 
 def submitted(cluster: LocalCluster, *command: str, limit_s: float = 600) -> tuple[int, str]:
-    """(exit code, output) of a command run by `ray job submit`."""
-    code, output = 1, ""
-    for _ in range(5):
+    """(exit code, output) of a command run by `ray job submit`.
+
+    A cluster that has only just started answers before the agent is there that runs jobs.
+    """
+    ends = time.monotonic() + _AGENT_S
+    while True:
         code, output = finish(cluster.submit(*command), limit_s)
-        if "No available agent" not in output:  # of a cluster that has only just started
-            break
+        if "No available agent" not in output or time.monotonic() > ends:
+            return code, output
         time.sleep(3)
-    return code, output
 
 
 def finish(process: subprocess.Popen[str], limit_s: float = 150) -> tuple[int, str]:

@@ -201,7 +201,8 @@ def test_bfloat16_gates_keep_what_a_step_adds() -> None:
 
 def test_a_step_that_is_not_finite_is_not_applied() -> None:
     """A learning rate that throws the gates out of float32's range; from then on nothing moves."""
-    wild = learner(made(), lr_gates=1e37, lr_paw=1e37, minibatches=1, epochs=1, collapse={"kl_max": FREE})  # fmt: skip
+    limits = {"kl_max": FREE, "patience": 4}
+    wild = learner(made(), lr_gates=1e37, lr_paw=1e37, minibatches=1, epochs=1, collapse=limits)
     steps = [wild.update(episodes(), 0)["train/bad_steps"], 0]
     digest = wild.bundle(0).digest
     with pytest.raises(CollapseError):
