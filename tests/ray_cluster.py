@@ -55,7 +55,7 @@ class LocalCluster:
 @contextlib.contextmanager
 def start_cluster(folder: Path, cpus: int = 3) -> Iterator[LocalCluster]:
     """`ray start --head --block`, ended by its own process id (`ray stop` would end every cluster here)."""
-    gcs, dashboard, client = free_ports(3)
+    gcs, dashboard, client, agent = free_ports(4)
     token = os.environ["RAY_AUTH_TOKEN"]  # of conftest.py
     # Ray's sockets live below this folder, and a socket's path is at most 107 characters long.
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short:
@@ -63,6 +63,8 @@ def start_cluster(folder: Path, cpus: int = 3) -> Iterator[LocalCluster]:
         options = [
             "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--disable-usage-stats",
             f"--ray-client-server-port={client}", f"--num-cpus={cpus}", f"--temp-dir={short}",
+            # The agent that runs jobs listens on one port by default, which another cluster here may have.
+            f"--dashboard-agent-listen-port={agent}",
             "--object-store-memory=100000000",
         ]  # fmt: skip
         with log.open("w") as file:
