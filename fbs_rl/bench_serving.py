@@ -26,29 +26,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from fbs_rl.bench_engine import EngineSpec, Round, RoundSpec, serve_rounds
-from fbs_rl.bench_train import GEOMETRIES
 from fbs_rl.model.backbone import SMOLLM2, ModelSource, load_backbone
 from fbs_rl.model.configuration import PRESETS, FBSConfig
 from fbs_rl.model.cost_model import CostModel
 from fbs_rl.model.modeling import FBSForCausalLM
-
-SHAPES: dict[str, dict[str, Any]] = {
-    **GEOMETRIES,
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "tie_word_embeddings": True,
-    },
-}
-"""Of models with random weights; "tiny" is for trying the command out."""
+from fbs_rl.model_geometry import GEOMETRIES, check_geometry, random_backbone
 
 Channel: TypeAlias = (
     Any  # one end of a pipe: multiprocessing has a class of its own for each platform
@@ -133,8 +118,8 @@ def _check(arguments: argparse.Namespace) -> tuple[list[int], list[float]]:
         )
     if arguments.tokens < 3 or arguments.rounds < 1 or arguments.prompt_tokens < 1:
         raise ValueError("--tokens must be at least 3, --rounds and --prompt-tokens at least 1")
-    if arguments.geometry not in (None, *SHAPES):
-        raise ValueError(f"no geometry {arguments.geometry!r}; there are {', '.join(SHAPES)}")
+    if arguments.geometry is not None:
+        check_geometry(arguments.geometry)
     return [int(b) for b in batches], skips
 
 
@@ -168,18 +153,17 @@ def measure(
 def _export(folder: Path, preset: str, arguments: argparse.Namespace) -> FBSConfig:
     """Two folders with the same backbone: `plain` for stock vLLM, `fbs`. The configuration of the second."""
     dtype = getattr(torch, arguments.dtype)
-    backbone = _random(arguments.geometry) if arguments.geometry else _loaded(arguments.model)
+    backbone = (
+        random_backbone(arguments.geometry, torch.float32, "cpu")
+        if arguments.geometry
+        else _loaded(arguments.model)
+    )
     backbone = backbone.to(dtype).eval()
     backbone.save_pretrained(folder / "plain")
     torch.manual_seed(0)
     model = FBSForCausalLM.from_backbone(backbone, FBSConfig.preset(preset)).to(dtype)
     model.save_pretrained(folder / "fbs")
     return model.config
-
-
-def _random(geometry: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**SHAPES[geometry]))
 
 
 def _loaded(name: str) -> PreTrainedModel:
@@ -347,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default=SMOLLM2, help="hub id, folder, .gguf file or smollm2-135m"
     )
     parser.add_argument(
-        "--geometry", help=f"random weights of a shape instead: {', '.join(SHAPES)}"
+        "--geometry", help=f"random weights of a shape instead: {', '.join(GEOMETRIES)}"
     )
     parser.add_argument(
         "--presets", default="default,paper", help=f"of {', '.join(sorted(PRESETS))}"

@@ -19,23 +19,9 @@ from fbs_rl.checkpoint import LoadedModel, load_tokenizer
 from fbs_rl.config import load_settings, to_tree
 from fbs_rl.model.backbone import ModelSource
 from fbs_rl.model.modeling import FBSForCausalLM
+from fbs_rl.model_geometry import GEOMETRIES, check_geometry, random_backbone
 from fbs_rl.training.costs import peak_flops, training_flops_per_token
 from fbs_rl.training.settings import ModelSettings, PretrainSettings
-
-GEOMETRIES: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": {
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": True,
-    },
-}
-"""Shapes of published models, for random weights: speed does not depend on what the weights are."""
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": ("model.preset=none", "phases.observe_frac=1.0"),
@@ -109,15 +95,11 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
 def make_random_model(geometry: str, chosen: ModelSettings) -> LoadedModel:
     """A Qwen3 of a published shape with random weights; the tokenizer is that of the model's `backbone`."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    if geometry not in GEOMETRIES:
-        raise ValueError(f"no geometry {geometry!r}; there are {', '.join(GEOMETRIES)}")
+    check_geometry(geometry)
     source = ModelSource.parse(chosen.backbone)
     tokenizer = load_tokenizer(source, source.read_config().vocab_size)
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        backbone = Qwen3ForCausalLM(Qwen3Config(**GEOMETRIES[geometry]))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone = random_backbone(geometry, torch.float32, device)
     return LoadedModel(FBSForCausalLM.from_backbone(backbone, chosen.fbs_config()), tokenizer)
 
 

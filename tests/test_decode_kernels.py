@@ -70,7 +70,7 @@ def bench(request: pytest.FixtureRequest, dtype: torch.dtype) -> Bench:
     return Bench(request.param, dtype)
 
 
-def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     error = (found.double().cpu() - wanted.cpu()).norm() / wanted.norm().cpu()
     assert error < ERROR[dtype]
 
@@ -89,14 +89,14 @@ def test_plain_product(bench: Bench, rows: int, columns: int) -> None:
         bench.blank(ROWS, rows),
     )
     bench.product("product_plain", [weight], input=x, out=out, out_stride=rows, bias_N=bias)
-    close(out, x.double() @ weight.double().T + bias.double(), bench.dtype)
+    assert_close(out, x.double() @ weight.double().T + bias.double(), bench.dtype)
 
 
 def test_three_matrices_with_a_norm(bench: Bench) -> None:
     weights = [bench.normal(n, 48) for n in (32, 16, 16)]
     x, norm, out = bench.normal(ROWS, 48), bench.normal(48), bench.blank(ROWS, 64)
     bench.product("product_qkv", weights, input=x, norm=norm, out=out, out_stride=64)
-    close(out, (normed(x) * norm.double()) @ torch.cat(weights).double().T, bench.dtype)
+    assert_close(out, (normed(x) * norm.double()) @ torch.cat(weights).double().T, bench.dtype)
 
 
 def test_gated_product(bench: Bench) -> None:
@@ -105,7 +105,7 @@ def test_gated_product(bench: Bench) -> None:
     bench.product("product_gate_up", [gate, up], input=x, norm=norm, out=out, out_stride=40)
     wide = normed(x) * norm.double()
     wanted = torch.nn.functional.silu(wide @ gate.double().T) * (wide @ up.double().T)
-    close(out, wanted, bench.dtype)
+    assert_close(out, wanted, bench.dtype)
 
 
 def skipping(bench: Bench, *flags: int, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +130,7 @@ def skipping(bench: Bench, *flags: int, **more: Any) -> tuple[Tensor, Tensor, Te
 def test_rows_that_skip_keep_their_state(bench: Bench, flags: tuple[int, ...]) -> None:
     out, ran, state = skipping(bench, *flags)
     skip_B1 = torch.tensor(flags, device=bench.device).bool().unsqueeze(1)
-    close(out, torch.where(skip_B1, state, ran), bench.dtype)
+    assert_close(out, torch.where(skip_B1, state, ran), bench.dtype)
 
 
 @pytest.mark.parametrize("flags", [(0, 1, 0), (1, 1, 1)])
@@ -141,7 +141,7 @@ def test_rows_that_skip_take_the_adapter(bench: Bench, flags: tuple[int, ...]) -
     )
     adapted = state + torch.nn.functional.silu(down[:, 8:].double()) @ up.double().T
     skip_B1 = torch.tensor(flags, device=bench.device).bool().unsqueeze(1)
-    close(out, torch.where(skip_B1, adapted, ran), bench.dtype)
+    assert_close(out, torch.where(skip_B1, adapted, ran), bench.dtype)
 
 
 def test_nobody_runs_but_some_outputs_are_kept(bench: Bench) -> None:
@@ -159,7 +159,7 @@ def test_nobody_runs_but_some_outputs_are_kept(bench: Bench) -> None:
         skip_B=bench.integers(1, 1, 1),
     )
     wide = normed(x) * norm.double()
-    close(out[:, 32:], wide @ torch.cat(weights[1:]).double().T, bench.dtype)
+    assert_close(out[:, 32:], wide @ torch.cat(weights[1:]).double().T, bench.dtype)
     assert bool(out[:, :32].isnan().all())
 
 
@@ -178,7 +178,7 @@ def test_the_best_logit_of_each_block(bench: Bench) -> None:
         wide_out=best,
         best_index=index,
     )
-    close(out, (normed(x) * norm.double()) @ weight.double().T, bench.dtype)
+    assert_close(out, (normed(x) * norm.double()) @ weight.double().T, bench.dtype)
     row_B = torch.arange(ROWS, device=bench.device)
     winner_B = best.argmax(0)
     assert torch.equal(index[winner_B, row_B].long(), out.float().argmax(-1))
@@ -250,22 +250,22 @@ def test_attention(bench: Bench, position: int, splits: int) -> None:
     found, wanted, (keys, values, every, *_) = attention_case(
         bench, position, splits, False, [0, 0, 0]
     )
-    close(found, wanted, bench.dtype)
-    close(keys[:, :, position], every[0][:, :, position], bench.dtype)
-    close(values[:, :, position], every[1][:, :, position], bench.dtype)
+    assert_close(found, wanted, bench.dtype)
+    assert_close(keys[:, :, position], every[0][:, :, position], bench.dtype)
+    assert_close(values[:, :, position], every[1][:, :, position], bench.dtype)
 
 
 @pytest.mark.parametrize("noop", [False, True])
 def test_attention_of_rows_that_skip(bench: Bench, noop: bool) -> None:
     """They write no output; `project` leaves their entry, `noop` neither entry nor count."""
     found, wanted, (keys, _, every, length, before) = attention_case(bench, 37, 2, noop, [0, 1, 0])
-    close(found[::2], wanted[::2], bench.dtype)
+    assert_close(found[::2], wanted[::2], bench.dtype)
     assert bool(found[1].isnan().all())
     if noop:
         assert torch.equal(keys[1], before[0][1])
         assert length[:, 0].tolist() == [38, 37, 38]
     else:
-        close(keys[1, :, 37], every[0][1, :, 37], bench.dtype)
+        assert_close(keys[1, :, 37], every[0][1, :, 37], bench.dtype)
 
 
 @pytest.mark.parametrize(("size", "count"), [(50, 8), (3000, 64), (64, 64)])

@@ -172,8 +172,8 @@ def test_replay_and_long_texts_are_refused() -> None:
         check_supported(fresh(gate=False), GateMode.THRESHOLD, 8)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_cuda_the_error_names_the_way_out() -> None:
+def test_without_cuda_the_error_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"needs a CUDA device .* fbs_rl\.decoding"):
         GraphDecoder(fresh(), 1, 16)
 

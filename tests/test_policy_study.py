@@ -29,6 +29,7 @@ from fbs_rl.rl.rollout import RolloutSettings, RolloutTask
 from fbs_rl.rl.skip_curves import Bench, at_skip, paired_difference
 from fbs_rl.rl.study_table import study_tables
 from tests.served_tiny import make_folder
+from tests.small_questions import write_questions
 from tests.small_tokenizer import saveable_tokenizer
 from tests.tiny import LAYERS, NOOP, VOCAB, enliven, fresh, lively
 from tests.tiny_training import make_backbone, make_shards, settings_tree
@@ -233,11 +234,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     make_folder(folder / "model", "qwen3", vocab=300)
     saveable_tokenizer(size=300).save_pretrained(folder / "model")
-    rows = [
-        {"id": f"q{i}", "prompt": f"The fox reads {i} words. It skips", "answer": f" {i % 7} words"}
-        for i in range(60)
-    ]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_questions(folder / "questions.jsonl", 60)
     return folder
 
 
@@ -342,4 +339,7 @@ def test_nothing_of_a_cluster_is_imported() -> None:
         "    sys.modules[name] = None\n"
         "import fbs_rl.policy_study"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr

@@ -22,6 +22,7 @@ from fbs_rl.ppo_options import read_request, settings_tree
 from fbs_rl.training.step_checkpoint import CheckpointStore
 from tests.ray_cluster import LocalCluster, finish, submitted
 from tests.served_tiny import make_folder
+from tests.small_questions import write_questions
 from tests.small_tokenizer import saveable_tokenizer
 
 STEPS = 6
@@ -36,11 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ppo")
     make_folder(folder / "model", "qwen3", vocab=300)
     saveable_tokenizer(size=300).save_pretrained(folder / "model")
-    rows = [
-        {"id": f"q{i}", "prompt": f"The fox reads {i} words. It skips", "answer": f" {i % 7} words"}
-        for i in range(40)
-    ]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_questions(folder / "questions.jsonl")
     settings = {
         "model": str(folder / "model"),
         "questions": {"sources": [str(folder / "questions.jsonl")], "heldout_frac": 0.2},

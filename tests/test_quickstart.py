@@ -19,6 +19,7 @@ from fbs_rl.quickstart.__main__ import main
 from fbs_rl.quickstart.stage1 import read_texts
 from fbs_rl.run_folder import RunFolder
 from tests.ray_cluster import LocalCluster, submitted
+from tests.small_questions import write_questions
 from tests.small_tokenizer import saveable_tokenizer
 
 SIZES = [
@@ -55,11 +56,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Settings of a run of two minutes."""
     questions = tmp_path_factory.mktemp("questions") / "questions.jsonl"
-    rows = [
-        {"id": f"q{i}", "prompt": f"The fox reads {i} words. It skips", "answer": f" {i % 7} words"}
-        for i in range(40)
-    ]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_questions(questions)
     stage2 = (
         f"questions.sources=[{questions}]", "questions.heldout_frac=0.2", "evaluation.questions=4",
         "episodes.max_new_tokens=4", "fleet.kv_cache_gib=0.1", "fleet.threads_per_engine=1",

@@ -23,6 +23,7 @@ from fbs_rl.model.flops import closed_chunks
 from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.model.skip_gate import block_uniform
 from fbs_rl.rl.gate_policy import GatePolicy
+from fbs_rl.rl.replay import batches_by_length
 from fbs_rl.types import GateMode, GateRequest
 
 _LOGIT_BYTES = 2**30
@@ -224,15 +225,7 @@ def token_nll(state_Xd: Tensor, head_Vd: Tensor, target_X: Tensor) -> Tensor:
 
 def cut_texts(texts: Sequence[Text], batch_tokens: int) -> list[list[int]]:
     """Rows in batches of at most batch_tokens, padding included, neighbours in length together."""
-    order = sorted(range(len(texts)), key=lambda row: (-_fed(texts[row]), row))
-    batches: list[list[int]] = []
-    for row in order:  # the first row of a batch is its longest
-        last = batches[-1] if batches else None
-        if last and (len(last) + 1) * _fed(texts[last[0]]) <= batch_tokens:
-            last.append(row)
-        else:
-            batches.append([row])
-    return batches
+    return batches_by_length({row: _fed(text) for row, text in enumerate(texts)}, batch_tokens)
 
 
 def _fed(text: Text) -> int:

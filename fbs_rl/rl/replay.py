@@ -112,6 +112,21 @@ def check_segment(segment: SegmentRollout, config: FBSConfig) -> None:
         )
 
 
+def batches_by_length(length: Mapping[int, int], most: int) -> list[list[int]]:
+    """Rows in batches of at most `most` tokens, padding included; a longer row is a batch of its own.
+
+    length: tokens of each row. Longest first, and equal ones in the order of their numbers.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(length, key=lambda row: (-length[row], row)):
+        last = batches[-1] if batches else None
+        if last and (len(last) + 1) * length[last[0]] <= most:  # its first row is its longest
+            last.append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
 def cut_batches(
     segments: Sequence[SegmentRollout], rows: Sequence[int], micro_tokens: int
 ) -> list[ReplayBatch]:
@@ -119,15 +134,8 @@ def cut_batches(
 
     A segment longer than that is a batch of its own; segments without a column are left out: nothing was decided.
     """
-    decided = [row for row in rows if len(segments[row].trace.skip_TL)]
-    decided.sort(key=lambda row: (-fed_tokens(segments[row]), row))
-    batches: list[list[int]] = []
-    for row in decided:  # the first row of a batch is its longest
-        last = batches[-1] if batches else None
-        if last and (len(last) + 1) * fed_tokens(segments[last[0]]) <= micro_tokens:
-            last.append(row)
-        else:
-            batches.append([row])
+    fed = {row: fed_tokens(segments[row]) for row in rows if len(segments[row].trace.skip_TL)}
+    batches = batches_by_length(fed, micro_tokens)
     return [ReplayBatch.of(segments, batch) for batch in batches]
 
 
