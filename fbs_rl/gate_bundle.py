@@ -160,6 +160,14 @@ def apply_bundle(named: Mapping[str, Tensor], bundle: GateBundle) -> None:
             named[name].copy_(tensor)
 
 
+def held_digest(named: Mapping[str, Tensor], bundle: GateBundle) -> str:
+    """The bundle's digest if the tensors `named` hold its values, each in its own type; else that of what they hold."""
+    held = {name: named[name] for name in bundle.tensors}
+    sent = {name: tensor.to(named[name].dtype) for name, tensor in bundle.tensors.items()}
+    found = digest_of(held)
+    return bundle.digest if found == digest_of(sent) else found
+
+
 def _converted(name: str, tensor: Tensor, target: Tensor) -> Tensor:
     """`tensor` in the type of `target`; ValueError if it does not fit there."""
     if tensor.shape != target.shape:

@@ -1,4 +1,4 @@
-// Enough of CUDA to run the decoder's kernels on a CPU: one fiber a thread, one block after the other.
+// Enough of CUDA to run the decoder's programs on a CPU: one fiber a thread, all blocks side by side.
 #include <setjmp.h>
 #include <ucontext.h>
 #include <algorithm>
@@ -21,13 +21,12 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
 #define __restrict__
-#define __align__(n)
+#define __align__(n) alignas(n)
 
-static dim3 threadIdx, blockIdx, blockDim, gridDim;
+static dim3 threadIdx, blockIdx, gridDim;
 #define FENCE 1024  // bytes behind what a launch asked for, which must stay as they are
-alignas(16) static unsigned char shared[1 << 20];
+#define SHARED_BYTES (1 << 18)
 
 template <class To, class From> inline To same_bits(From v) { To out; memcpy(&out, &v, sizeof(To)); return out; }
 inline float __int_as_float(int v) { return same_bits<float>(v); }
@@ -37,8 +36,9 @@ inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 template <class T> inline T __ldcg(const T* p) { return *p; }
 inline int atomicAdd(int* p, int v) { int old = *p; *p += v; return old; }
 inline void __threadfence() {}
+inline unsigned long long clock64() { static unsigned long long calls; return ++calls; }
 
-enum Wait { RUNS, AT_WARP, AT_BLOCK, DONE };
+enum Wait { RUNS, AT_WARP, AT_BLOCK, AT_GRID, DONE };
 
 struct Fiber {
   ucontext_t context;  // where the fiber begins
@@ -49,12 +49,13 @@ struct Fiber {
   int turn = 0;
 };
 
-static std::vector<Fiber> fibers(1024);
+#define MOST_FIBERS 1024
+static std::vector<Fiber> fibers(MOST_FIBERS);
 static jmp_buf scheduler;
-static unsigned running;
-static float exchanged[2][1024];
-static void (*body)(const void*);
-static const void* body_arguments;
+static unsigned running;  // threads of a block lie side by side, blocks are whole warps
+static float exchanged[2][MOST_FIBERS];
+static void (*body)(unsigned char*);
+static unsigned char* body_shared[MOST_FIBERS];
 
 inline void yield_at(Wait wait) {
   fibers[running].wait = wait;
@@ -76,7 +77,7 @@ template <class T> inline T __shfl_up_sync(unsigned, T v, int by) {
 }
 
 static void enter_fiber() {
-  body(body_arguments);
+  body(body_shared[blockIdx.x]);
   fibers[running].wait = DONE;
   _longjmp(scheduler, 1);
 }
@@ -101,49 +102,54 @@ static bool release(unsigned from, unsigned to, Wait wait) {
   return any;
 }
 
-static bool run_block(unsigned threads) {
-  for (unsigned i = 0; i < threads; ++i) {
-    Fiber& f = fibers[i];
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = f.stack.size();
-    f.context.uc_link = nullptr;
-    f.wait = RUNS;
-    f.begun = false;
-    f.turn = 0;
-    makecontext(&f.context, enter_fiber, 0);
-  }
+static void begin(Fiber& f) {
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack.data();
+  f.context.uc_stack.ss_size = f.stack.size();
+  f.context.uc_link = nullptr;
+  f.wait = RUNS;
+  f.begun = false;
+  f.turn = 0;
+  makecontext(&f.context, enter_fiber, 0);
+}
+
+static bool run_fibers(unsigned blocks, unsigned threads) {
+  const unsigned all = blocks * threads;
+  for (unsigned i = 0; i < all; ++i) begin(fibers[i]);
+  bool asked = false;  // whoever waits for other blocks has been let go on once since anything else moved
   for (;;) {
     bool moved = false, left = false;
-    for (running = 0; running < threads; ++running) {
-      Fiber& f = fibers[running];
-      if (f.wait != RUNS) continue;
-      threadIdx.x = running;
-      resume(f);
-      moved = true;
+    for (running = 0; running < all; ++running) {
+      if (fibers[running].wait != RUNS) continue;
+      threadIdx.x = running % threads;
+      blockIdx.x = running / threads;
+      resume(fibers[running]);
+      moved |= fibers[running].wait != AT_GRID;
     }
-    for (unsigned w = 0; w < threads; w += 32) moved |= release(w, min(w + 32, threads), AT_WARP);
-    moved |= release(0, threads, AT_BLOCK);
-    for (unsigned i = 0; i < threads; ++i) left |= fibers[i].wait != DONE;
+    for (unsigned w = 0; w < all; w += 32) moved |= release(w, w + 32, AT_WARP);
+    for (unsigned b = 0; b < all; b += threads) moved |= release(b, b + threads, AT_BLOCK);
+    for (unsigned i = 0; i < all; ++i) left |= fibers[i].wait != DONE;
     if (!left) return true;
-    if (!moved) return false;  // threads wait for each other
+    if (!moved && asked) return false;  // threads wait for each other
+    asked = !moved;
+    for (unsigned i = 0; i < all; ++i)
+      if (fibers[i].wait == AT_GRID) fibers[i].wait = RUNS;
   }
 }
 
-static bool run_grid(void (*kernel)(const void*), const void* arguments, const unsigned* grid, unsigned threads,
-                     unsigned bytes) {
+static bool run_grid(void (*kernel)(unsigned char*), unsigned blocks, unsigned threads, unsigned bytes) {
+  if (blocks * threads > MOST_FIBERS || bytes + FENCE > SHARED_BYTES) return false;
   body = kernel;
-  body_arguments = arguments;
-  blockDim.x = threads;
-  gridDim.x = grid[0], gridDim.y = grid[1], gridDim.z = grid[2];
-  for (blockIdx.z = 0; blockIdx.z < grid[2]; ++blockIdx.z)
-    for (blockIdx.y = 0; blockIdx.y < grid[1]; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < grid[0]; ++blockIdx.x) {
-        memset(shared, 0xff, bytes);  // NaN: nothing may be read before it is written
-        memset(shared + bytes, 0x5a, FENCE);
-        if (!run_block(threads)) return false;
-        for (int i = 0; i < FENCE; ++i)
-          if (shared[bytes + i] != 0x5a) return false;
-      }
-  return true;
+  gridDim.x = blocks;
+  for (unsigned b = 0; b < blocks; ++b) {
+    body_shared[b] = (unsigned char*)aligned_alloc(128, SHARED_BYTES);
+    memset(body_shared[b], 0xff, bytes);  // NaN: nothing may be read before it is written
+    memset(body_shared[b] + bytes, 0x5a, FENCE);
+  }
+  bool right = run_fibers(blocks, threads);
+  for (unsigned b = 0; b < blocks; ++b) {
+    for (int i = 0; i < FENCE; ++i) right &= body_shared[b][bytes + i] == 0x5a;
+    free(body_shared[b]);
+  }
+  return right;
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import re
 import shutil
 import subprocess
 import tempfile
@@ -12,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from fbs_rl.decode.kernel_arguments import Launch
 from fbs_rl.decode.kernel_source import KernelShape, kernel_text
+from fbs_rl.decode.program import Program
 
 COMPILER = shutil.which("g++")
 _HEADER = Path(__file__).with_name("cuda_emulator.h")
 
 
 class EmulatedLauncher:
-    """Stands in for a CUDA device: launches run at once, in the order of the calls."""
+    """Stands in for a CUDA device: programs run at once."""
 
     device = torch.device("cpu")
     multiprocessors = 3
@@ -28,28 +27,24 @@ class EmulatedLauncher:
     def __init__(self, shape: KernelShape) -> None:
         self.library = ctypes.CDLL(str(_build(shape)))
 
-    def launch(self, call: Launch) -> None:
-        run = getattr(self.library, f"emulate_{call.kernel}")
-        run.restype = ctypes.c_bool
-        grid = (ctypes.c_uint * 3)(*call.grid)
-        done = run(ctypes.byref(call.arguments), grid, call.threads, call.shared_bytes)
-        assert done, (
-            f"{call.kernel}: its threads wait for each other, or write behind their shared memory"
+    def run(self, program: Program, first: int, end: int) -> None:
+        emulate = self.library.emulate
+        emulate.restype = ctypes.c_bool
+        done = emulate(
+            ctypes.byref(program.part(first, end)), self.multiprocessors, program.shared_bytes
         )
+        assert done, "threads wait for each other, or write behind their shared memory"
 
 
 def _build(shape: KernelShape) -> Path:
     text = kernel_text()
-    kernels = re.findall(r'extern "C" __global__ void.*? (\w+)\((\w+) \w\)', text)
-    kernels = [k for k in kernels if k[0] != "name"]
-    kernels += [(name, "Product") for name in re.findall(r"^PRODUCT\((\w+),", text, re.M)]
-    entries = "\n".join(
-        f'extern "C" bool emulate_{name}(const void* a, const unsigned* grid, unsigned threads, unsigned bytes) {{\n'
-        f"  return run_grid([](const void* p) {{ {name}(*(const {kind}*)p); }}, a, grid, threads, bytes);\n}}"
-        for name, kind in kernels
+    entry = (
+        "static const Program* program;\n"
+        'extern "C" bool emulate(const Program* p, unsigned blocks, unsigned bytes) {\n  program = p;\n'
+        "  return run_grid([](unsigned char* shared) { walk(*program, shared); }, blocks, THREADS, bytes);\n}"
     )
     flags = [f"-D{name}={value}" for name, value in shape.definitions().items()]
-    source = f'#define EMULATED\n#include "{_HEADER}"\n{text}\n{entries}\n'
+    source = f'#define EMULATED\n#include "{_HEADER}"\n{text}\n{entry}\n'
     mark = hashlib.sha256((source + _HEADER.read_text() + " ".join(flags)).encode()).hexdigest()
     folder = Path(tempfile.gettempdir()) / "fbs_kernels_emulated"
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The decoder's kernels, each against a float64 reference, in both number formats."""
+"""The decoder's calls, each alone in a program, against a float64 reference, in both number formats."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fbs_rl.decode.kernel_arguments import kernel_structures, make_launch
+from fbs_rl.decode.kernel_arguments import Call, kinds, make_call
 from fbs_rl.decode.kernel_source import KernelShape
-from fbs_rl.decode.product_plan import WARPS, ProductPlan
+from fbs_rl.decode.product_plan import ProductPlan
+from fbs_rl.decode.program import WARPS, Program
+from fbs_rl.decode.step_buffers import MOST_FOUND
 from fbs_rl.model.skip_gate import gate_uniform
 from tests.decode_launchers import PLACES, make_launcher
 
@@ -39,25 +41,28 @@ class Bench:
     def integers(self, *values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
-    def product(self, kernel: str, weights: list[Tensor], **values: Any) -> None:
+    def run(self, *calls: Call) -> None:
+        launcher = self.launcher
+        program = Program.of(calls, self.shape, launcher.multiprocessors, self.device)
+        launcher.run(program, 0, len(calls))
+
+    def product(
+        self, name: str, weights: list[Tensor], skip_B: Tensor | None = None, kept_from: int = -1, **values: Any
+    ) -> None:  # fmt: skip
+        self.run(self.product_call(name, weights, skip_B, kept_from, **values))
+
+    def product_call(
+        self, name: str, weights: list[Tensor], skip_B: Tensor | None = None, kept_from: int = -1, **values: Any
+    ) -> Call:  # fmt: skip
         rows, columns = [len(w) for w in weights], weights[0].shape[1]
         plan = ProductPlan.of(sum(rows), columns, self.shape, self.launcher.multiprocessors)
-        self.launcher.launch(
-            make_launch(
-                kernel,
-                (plan.blocks, 1, 1),
-                32 * WARPS,
-                plan.shared_bytes,
-                weight=weights,
-                rows=rows,
-                columns=columns,
-                splits=plan.splits,
-                unit_chunks=plan.unit_chunks,
-                chunk=plan.chunk,
-                slots=plan.slots,
-                **{"kept_from": -1, "eps": 1e-6, "input_stride": columns} | values,
-            )
-        )
+        matrices = {
+            "matrix": weights, "rows": rows, "columns": columns, "blocks": plan.blocks, "splits": plan.splits,
+            "chunk": plan.chunk, "unit_chunks": plan.unit_chunks, "paired": int(kinds()[name].writes == "GATED"),
+            "kept_from": kept_from, "skip_B": skip_B,
+        }  # fmt: skip
+        values = {"eps": 1e-6, "input_stride": columns} | values
+        return make_call(name, plan.room_bytes, weights=matrices, **values)
 
 
 @pytest.fixture(params=FORMATS, ids=["float32", "bfloat16"])
@@ -175,7 +180,7 @@ def test_the_best_logit_of_each_block(bench: Bench) -> None:
         norm=norm,
         out=out,
         out_stride=97,
-        wide_out=best,
+        best=best,
         best_index=index,
     )
     assert_close(out, (normed(x) * norm.double()) @ weight.double().T, bench.dtype)
@@ -201,11 +206,11 @@ def attention_case(
     length = torch.full((ROWS, heads), position, dtype=torch.int32, device=bench.device)
     parts = torch.full((ROWS, heads, splits, GROUP, HEAD_DIM), math.nan, device=bench.device)
     before = keys.clone(), values.clone()
-    bench.launcher.launch(
-        make_launch(
+    bench.run(
+        make_call(
             "attention",
-            (heads, splits, ROWS),
-            256,
+            32 * 1024,
+            splits=splits,
             qkv=qkv,
             keys=keys,
             values=values,
@@ -268,25 +273,32 @@ def test_attention_of_rows_that_skip(bench: Bench, noop: bool) -> None:
         assert_close(keys[1, :, 37], every[0][1, :, 37], bench.dtype)
 
 
-@pytest.mark.parametrize(("size", "count"), [(50, 8), (3000, 64), (64, 64)])
-def test_the_shortlist_is_the_highest_scores(bench: Bench, size: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "count", "offers"),
+    [(50, 8, 3), (3000, 64, 3), (64, 64, 1), (3000, 3, 30), (3000, 64, 100)],
+)
+def test_the_shortlist_is_the_highest_scores(
+    bench: Bench, size: int, count: int, offers: int
+) -> None:
+    """With too few blocks' best to bound them, with enough, and where all are equal (row 2: the first ones)."""
     score = torch.randn(ROWS, size, generator=bench.draw)
-    score[0, :5] = 9.0  # equal ones, the lowest threads first
+    score[0, :5] = 9.0
     score[1] = -score[1].abs()
-    index = torch.zeros(ROWS, count, dtype=torch.int32, device=bench.device)
-    bench.launcher.launch(
-        make_launch(
-            "shortlist",
-            (ROWS, 1, 1),
-            1024,
-            score_BN=score.to(bench.device),
-            count=size,
-            wanted=count,
-            index_BM=index,
-        )
-    )
-    wanted = score.topk(count).indices.sort(-1).values
-    assert torch.equal(index.long().cpu().sort(-1).values, wanted)
+    score[2] = 0.5
+    best = torch.stack([part.amax(-1) for part in score.tensor_split(offers, -1)])
+    index, found = bench.integers(*[-1] * (ROWS * count)).view(ROWS, count), bench.integers(0, 0, 0)
+    arrived = bench.integers(0, 0, 0)
+    call = make_call(
+        "shortlist", 4 * (2 * MOST_FOUND + 256), score_BN=score.to(bench.device), count=size, wanted=count,
+        best=best.to(bench.device), offers=offers, key_BF=bench.integers(*[0] * (ROWS * MOST_FOUND)),
+        place_BF=bench.integers(*[0] * (ROWS * MOST_FOUND)), found_B=found, arrived_B=arrived, index_BM=index,
+    )  # fmt: skip
+    for _ in range(2):
+        index.fill_(-1)
+        bench.run(call)
+        wanted = score.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+        assert torch.equal(index.long().cpu(), wanted)
+        assert not found.any() and not arrived.any()
 
 
 def test_noise_is_that_of_the_model(bench: Bench) -> None:
@@ -297,12 +309,10 @@ def test_noise_is_that_of_the_model(bench: Bench) -> None:
     zero = torch.zeros(64, dtype=bench.dtype, device=bench.device)
     probs = torch.zeros(1, 8, ROWS, device=bench.device)
     skips = torch.zeros(1, 8, ROWS, dtype=torch.uint8, device=bench.device)
-    bench.launcher.launch(
-        make_launch(
+    bench.run(
+        make_call(
             "decide",
-            (1, 1, 1),
-            256,
-            256,
+            32 * 1024,
             front=zero,
             front_stride=8,
             reduce_width=width,
@@ -336,13 +346,45 @@ def test_noise_is_that_of_the_model(bench: Bench) -> None:
     assert probs[0, layer].tolist() == [0.5] * ROWS and not skip_LB[:5].any()
 
 
+@pytest.mark.parametrize("flags", [(0, 0, 0), (0, 1, 0), (1, 1, 1)])
+def test_calls_follow_each_other(bench: Bench, flags: tuple[int, ...]) -> None:
+    """Three products in a row, the second void where all rows skip; again in a second launch of the same program."""
+    first, second, third = bench.normal(40, 48), bench.normal(24, 40), bench.normal(97, 24)
+    x, hidden, out = bench.normal(ROWS, 48), bench.blank(ROWS, 40), bench.blank(ROWS, 97)
+    middle = bench.normal(ROWS, 24)
+    kept, skip_B = middle.clone(), bench.integers(*flags)
+    calls = (
+        bench.product_call("product_plain", [first], input=x, out=hidden, out_stride=40),
+        bench.product_call("product_plain", [second], skip_B, input=hidden, out=middle, out_stride=24),
+        bench.product_call("product_plain", [third], input=middle, out=out, out_stride=97),
+    )  # fmt: skip
+    calls[1].void_flags = skip_B
+    program = Program.of(calls, bench.shape, bench.launcher.multiprocessors, bench.device)
+    for _ in range(2):
+        out.fill_(math.nan)
+        bench.launcher.run(program, 0, 3)
+        wanted = hidden.double() @ second.double().T if not all(flags) else kept.double()
+        assert_close(hidden, x.double() @ first.double().T, bench.dtype)
+        assert_close(middle, wanted, bench.dtype)
+        assert_close(out, middle.double() @ third.double().T, bench.dtype)
+
+
+def test_a_program_without_room_is_refused() -> None:
+    weight, shape = torch.zeros(64, 9728), KernelShape(8, False, 128, 4)
+    plan = ProductPlan.of(64, 9728, shape, 132)
+    call = make_call("product_plain", plan.room_bytes, weights={"chunk": plan.chunk, "columns": 9728, "matrix": [weight]})  # fmt: skip
+    with pytest.raises(ValueError, match="decode fewer rows at once or in bfloat16"):
+        Program.of([call], shape, 132, torch.device("cpu"))
+
+
 def test_structures_are_read_from_the_source() -> None:
-    kinds = kernel_structures()
-    assert {"attention", "decide", "look", "product_qkv", "advance"} <= kinds.keys()
-    fields = [field[0] for field in kinds["product_qkv"]._fields_]
-    assert fields[:3] == ["weight", "rows", "columns"]
+    assert {"attention", "decide", "look", "product_qkv", "advance"} <= kinds().keys()
+    assert len({kind.number for kind in kinds().values()}) == len(kinds())
+    assert kinds()["product_gate_up"].writes == "GATED" and not kinds()["look"].writes
+    fields = [field[0] for field in kinds()["product_qkv"].arguments._fields_]
+    assert fields[:3] == ["weights", "input", "input_stride"]
     with pytest.raises(KeyError, match="takes no colour"):
-        make_launch("embed", (1, 1, 1), 32, colour=1)
+        make_call("embed", colour=1)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -356,7 +398,7 @@ def test_plans_cover_every_column_and_balance_the_warps(
     shape = KernelShape(rows, True, 128, 4)
     plan = ProductPlan.of(outputs, columns, shape, 132)
     assert columns % (plan.chunk * plan.splits) == 0 and plan.chunk % 8 == 0
-    assert 1 <= plan.slots <= 8 and plan.shared_bytes <= 223 * 1024
+    assert plan.chunk * shape.out_rows * 2 <= 5120 and plan.room_bytes <= 190 * 1024
     each = math.ceil(math.ceil(outputs / shape.out_rows) / plan.blocks)
     busiest = math.ceil(each * plan.splits / WARPS) * columns / plan.splits
     if outputs > 1000:
@@ -366,7 +408,5 @@ def test_plans_cover_every_column_and_balance_the_warps(
 def test_plans_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="multiples of 8"):
         ProductPlan.of(64, 100, KernelShape(1, True, 128, 4), 132)
-    with pytest.raises(ValueError, match="decode fewer rows at once or in bfloat16"):
-        ProductPlan.of(2560, 9728, KernelShape(8, False, 128, 4), 132)
     with pytest.raises(ValueError, match="takes 1 to 16"):
         KernelShape(17, True, 128, 4)

@@ -11,7 +11,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fbs_rl.checkpoint import tensors_digest
-from fbs_rl.gate_bundle import GateBundle, GateParts, apply_bundle, digest_of, gate_tensors
+from fbs_rl.gate_bundle import (
+    GateBundle,
+    GateParts,
+    apply_bundle,
+    digest_of,
+    gate_tensors,
+    held_digest,
+)
 from fbs_rl.model import FBSForCausalLM
 from tests.tiny import enliven, fresh, left_padded, lively
 
@@ -193,6 +200,10 @@ def test_values_are_converted_and_inference_tensors_can_be_written() -> None:
     for target, wanted in ((plain, [1.0, 3.0]), (frozen, [1.0009765625, 3.0])):
         apply_bundle({"w": target}, bundle)
         assert target.tolist() == wanted
+        assert held_digest({"w": target}, bundle) == bundle.digest
+        with torch.inference_mode():
+            target[0] = 1.0625
+        assert held_digest({"w": target}, bundle) == digest_of({"w": target}) != bundle.digest
 
 
 def test_a_write_is_seen_by_what_depends_on_it() -> None:

@@ -1,4 +1,4 @@
-"""Compiles the kernels on the machine (NVRTC) and launches them, each allowed to start while the one before ends."""
+"""Compiles the kernels on the machine (NVRTC) and launches programs: one block on each multiprocessor, all at once."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ from typing import Any, Protocol
 
 import torch
 
-from fbs_rl.decode.kernel_arguments import Launch
 from fbs_rl.decode.kernel_source import KernelShape, kernel_text
-
-_PLAIN_SHARED_BYTES = 40 * 1024  # more, with what a kernel has of its own, has to be asked for
-_SHARED_PERCENT = 100  # of the memory that a multiprocessor cuts into shared memory and cache
-MOST_SHARED_BYTES = 227 * 1024  # of one block on compute capability 9.0
+from fbs_rl.decode.program import MOST_SHARED_BYTES, WARPS, Program
 
 
 class Launcher(Protocol):
-    """Where kernels run. multiprocessors: blocks that run side by side, one on each."""
+    """Where programs run. multiprocessors: blocks that run side by side, one on each."""
 
     device: torch.device
     multiprocessors: int
 
-    def launch(self, call: Launch) -> None:
-        """Put the call behind those before it."""
+    def run(self, program: Program, first: int, end: int) -> None:
+        """Put the program's calls [first, end) behind what was launched before."""
         ...
 
 
@@ -35,42 +31,24 @@ class CudaLauncher:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         torch.cuda.current_stream().synchronize()  # the driver needs torch's context
-        self._library = _load(shape, torch.cuda.get_device_capability(self.device))
-        self._functions: dict[str, Any] = {}
-        self._allowed_bytes: dict[str, int] = {}
+        self._function = _load(shape, torch.cuda.get_device_capability(self.device))
 
-    def launch(self, call: Launch) -> None:
+    def run(self, program: Program, first: int, end: int) -> None:
         from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
 
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = call.grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = call.threads, 1, 1
-        config.sharedMemBytes = call.shared_bytes
+        config.gridDimX, config.gridDimY, config.gridDimZ = self.multiprocessors, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * WARPS, 1, 1
+        config.sharedMemBytes = program.shared_bytes
         config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        early = driver.CUlaunchAttribute()
-        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        early.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [early], 1
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(call.arguments))
-        function = self._function(call.kernel, call.shared_bytes)
-        _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0))
-
-    def _function(self, name: str, shared_bytes: int) -> Any:
-        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
-
-        attributes = driver.CUfunction_attribute
-        if name not in self._functions:
-            function = _checked(driver.cuModuleGetFunction(self._library, name.encode()))
-            # Kernels that cut a multiprocessor's memory alike can run on it together, one into the next.
-            share = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-            _checked(driver.cuFuncSetAttribute(function, share, _SHARED_PERCENT))
-            self._functions[name] = function
-        function = self._functions[name]
-        if shared_bytes > self._allowed_bytes.get(name, _PLAIN_SHARED_BYTES):
-            limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuFuncSetAttribute(function, limit, shared_bytes))
-            self._allowed_bytes[name] = shared_bytes
-        return function
+        # Blocks wait for each other, so all must be there at once.
+        together = driver.CUlaunchAttribute()
+        together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        together.value.cooperative = 1
+        config.attrs, config.numAttrs = [together], 1
+        arguments = program.part(first, end)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
 
 def check_cuda() -> None:
@@ -111,7 +89,12 @@ def _load(shape: KernelShape, capability: tuple[int, int]) -> Any:
         raise RuntimeError(f"the kernels do not compile: {log.decode(errors='replace')}")
     binary = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, binary))
-    return _checked(driver.cuModuleLoadData(binary))
+    function = _checked(
+        driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(binary)), b"run")
+    )
+    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver.cuFuncSetAttribute(function, limit, MOST_SHARED_BYTES))
+    return function
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""Decoding on the GPU: one captured CUDA graph a token, in which a skipped layer's weights are not read.
+"""Decoding on the GPU: one captured launch a token, in which a skipped layer's weights are not read.
 
     decoder = GraphDecoder(model, rows=1, tokens=640, gates="threshold")
     decoder.prefill(prompt_BT)
@@ -25,6 +25,7 @@ from fbs_rl.decode.cuda_launcher import CudaLauncher, Launcher
 from fbs_rl.decode.front_rows import FrontRows
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.layer_calls import write_advance, write_step
+from fbs_rl.decode.program import Program
 from fbs_rl.decode.step_buffers import (
     ChunkBuffers,
     GateBuffers,
@@ -92,6 +93,8 @@ class GraphDecoder:
         write_step(self.writer)
         self._to_logits = len(self.writer.calls)
         write_advance(self.writer, picks=sampler is None)
+        device, blocks = self.launcher.device, self.launcher.multiprocessors
+        self.program = Program.of(self.writer.calls, self.shape, blocks, device)
         self.prompt_tokens, self.taken, self._graph = 0, 0, None
         if self.launcher.device.type == "cuda":
             self._capture()
@@ -187,14 +190,15 @@ class GraphDecoder:
     # --- inside --------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        """One step, call by call."""
-        for call in self.writer.calls[: self._to_logits]:
-            self.launcher.launch(call)
-        if self.sampler is not None:
-            tokens = self.writer.tokens
-            tokens.token_B.copy_(self.sampler(tokens.logits_BV, tokens.position_B + 1))
-        for call in self.writer.calls[self._to_logits :]:
-            self.launcher.launch(call)
+        """One step: one launch, or two with a sampler's own operations between them."""
+        end = len(self.writer.calls)
+        if self.sampler is None:
+            self.launcher.run(self.program, 0, end)
+            return
+        tokens = self.writer.tokens
+        self.launcher.run(self.program, 0, self._to_logits)
+        tokens.token_B.copy_(self.sampler(tokens.logits_BV, tokens.position_B + 1))
+        self.launcher.run(self.program, self._to_logits, end)
 
     @torch.inference_mode()
     def _capture(self) -> None:
@@ -278,6 +282,8 @@ def _make_writer(
         tokens=TokenBuffers.empty(room, config, launcher.multiprocessors),
         layers=LayerBuffers.empty(room, model, widest, launcher.multiprocessors),
         gates=GateBuffers.empty(room, config),
-        previews=PreviewBuffers.empty(room, config) if config.paw else None,
+        previews=PreviewBuffers.empty(room, config, launcher.multiprocessors)
+        if config.paw
+        else None,
         chunks=ChunkBuffers.empty(room, config) if config.chunk else None,
     )

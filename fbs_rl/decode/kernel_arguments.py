@@ -1,4 +1,4 @@
-"""What kernels are called with: ctypes structures read from the kernels' own source, so that they cannot differ."""
+"""What a program's calls are told: ctypes structures read from the kernels' own source, so that they cannot differ."""
 
 from __future__ import annotations
 
@@ -20,36 +20,71 @@ _C_TYPES: dict[str, Any] = {
     "u32": ctypes.c_uint,
 }
 _STRUCT = re.compile(r"^struct (\w+) \{\n(.*?)^\};", re.M | re.S)
-_FIELD = re.compile(r"(?:const )?(num|int|float|long long|u32|unsigned char|u16)\s*(.*)")
-_KERNEL = re.compile(
-    r'^extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )(\w+)\((\w+) \w\)', re.M
+_FIELD = re.compile(
+    r"(?:const )?(num|int|float|long long|u32|unsigned char|u16|u64|Weights|Call)\s*(.*)"
 )
-_PRODUCT = re.compile(r"^PRODUCT\((\w+),", re.M)
+_CASE = re.compile(r"^    case (\d+): (\w+)\(\*\(const (\w+)\*\)c\.arguments", re.M)
+_PRODUCT = re.compile(r"^  PRODUCT\((\d+), (\w+), (\w+), (\w+)\)", re.M)
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
-    """One kernel call. held: tensors that its arguments point into."""
+class Kind:
+    """What a call of one name is: its number in the source, its arguments, what a product writes ("" for others)."""
 
-    kernel: str
-    grid: tuple[int, int, int]
-    threads: int
-    shared_bytes: int
-    arguments: ctypes.Structure
+    number: int
+    arguments: type[ctypes.Structure]
+    writes: str
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a program.
+
+    room_bytes: shared memory that it works in. alone: every block makes all of it by itself. void_flags: who skips
+    (or, void_slots, which chunks close); where nobody runs (closes one) there is nothing to do. brings_near: once it is
+    done, weights beyond the next product's are brought near. held: tensors that its arguments point into.
+    """
+
+    name: str
+    arguments: Any
     held: tuple[Tensor, ...]
+    room_bytes: int = 0
+    alone: bool = False
+    void_flags: Tensor | None = None
+    void_slots: bool = False
+    brings_near: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        return kinds()[self.name]
+
+    @property
+    def is_product(self) -> bool:
+        return bool(self.kind.writes)
 
 
 @lru_cache(maxsize=1)
-def kernel_structures() -> Mapping[str, type[ctypes.Structure]]:
-    """The argument structure of every kernel, by the kernel's name."""
-    text = kernel_text()
-    bodies = dict(_STRUCT.findall(text))
-    named = dict(_KERNEL.findall(text)) | dict.fromkeys(_PRODUCT.findall(text), "Product")
-    kinds = {kind: _structure(kind, bodies[kind]) for kind in set(named.values())}
-    return {kernel: kinds[kind] for kernel, kind in named.items()}
+def structures() -> Mapping[str, type[ctypes.Structure]]:
+    """Every structure of the source that can be told of in C types, by name."""
+    bodies = dict(_STRUCT.findall(kernel_text()))
+    weights = _structure("Weights", bodies["Weights"], {})
+    known = {"Weights": weights}
+    named = {kind for _, _, kind in _CASE.findall(kernel_text())} | {"Product", "Program"}
+    return known | {name: _structure(name, bodies[name], known) for name in named}
 
 
-def _structure(name: str, body: str) -> type[ctypes.Structure]:
+@lru_cache(maxsize=1)
+def kinds() -> Mapping[str, Kind]:
+    """Every call by its name."""
+    text, known = kernel_text(), structures()
+    found = {name: Kind(int(n), known[kind], "") for n, name, kind in _CASE.findall(text)}
+    products = {name: Kind(int(n), known["Product"], out) for n, name, _, out in _PRODUCT.findall(text)}  # fmt: skip
+    return found | products
+
+
+def _structure(
+    name: str, body: str, known: Mapping[str, type[ctypes.Structure]]
+) -> type[ctypes.Structure]:
     fields: list[tuple[str, Any]] = []
     for statement in re.sub(r"//[^\n]*", "", body).split(";"):
         match = _FIELD.fullmatch(statement.strip())
@@ -60,31 +95,39 @@ def _structure(name: str, body: str) -> type[ctypes.Structure]:
             pointer, field, length = re.fullmatch(
                 r"(\*?)\s*(\w+)(?:\[(\d+)\])?", one.strip()
             ).groups()  # pyright: ignore[reportOptionalMemberAccess]
-            c_type = ctypes.c_void_p if pointer else _C_TYPES[kind]
+            c_type = ctypes.c_void_p if pointer else known.get(kind) or _C_TYPES[kind]
             fields.append((field, c_type * int(length) if length else c_type))
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-def make_launch(
-    kernel: str, grid: tuple[int, int, int], threads: int, shared_bytes: int = 0, **values: Any
-) -> Launch:
-    """A call of `kernel`. Values are tensors (their address), None, numbers, or lists of these.
+def make_call(name: str, room_bytes: int = 0, **values: Any) -> Call:
+    """A call by its name. Values are tensors (their address), None, numbers, lists of these, or a dict of them for a
+    structure in the structure.
 
-    What is not named is 0 or null. Raises KeyError for a kernel or an argument that does not exist.
+    What is not named is 0 or null. Raises KeyError for a call or an argument that does not exist.
     """
-    kind = kernel_structures()[kernel]
-    unknown = values.keys() - {field[0] for field in kind._fields_}
+    arguments: Any = kinds()[name].arguments()
+    held: list[Tensor] = []
+    _fill(name, arguments, values, held)
+    return Call(name, arguments, tuple(held), room_bytes)
+
+
+def _fill(name: str, arguments: Any, values: Mapping[str, Any], held: list[Tensor]) -> None:
+    unknown = values.keys() - {field[0] for field in arguments._fields_}
     if unknown:
-        raise KeyError(f"{kernel} takes no {', '.join(sorted(unknown))}")
-    arguments, held = kind(), []
-    for name, value in values.items():
-        listed = isinstance(value, (list, tuple))
-        for place, one in enumerate(value if listed else [value]):
-            if isinstance(one, Tensor):
-                held.append(one)
-                one = one.data_ptr()
-            if listed:
-                getattr(arguments, name)[place] = one
-            else:
-                setattr(arguments, name, one)
-    return Launch(kernel, grid, threads, shared_bytes, arguments, tuple(held))
+        raise KeyError(f"{name} takes no {', '.join(sorted(unknown))}")
+    for field, value in values.items():
+        if isinstance(value, dict):
+            _fill(name, getattr(arguments, field), value, held)
+        elif isinstance(value, (list, tuple)):
+            for place, one in enumerate(value):
+                getattr(arguments, field)[place] = _plain(one, held)
+        else:
+            setattr(arguments, field, _plain(value, held))
+
+
+def _plain(value: Any, held: list[Tensor]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    held.append(value)
+    return value.data_ptr()

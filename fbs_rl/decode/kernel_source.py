@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "kernels"
-_FILES = ("common", "products", "attention", "gate", "preview", "chunks", "tokens")
+_FILES = ("common", "products", "attention", "gate", "preview", "chunks", "tokens", "program")
 MOST_ROWS = 16
 
 
@@ -30,8 +30,11 @@ class KernelShape:
 
     @property
     def out_rows(self) -> int:
-        """Output rows that a warp of a product works on at once: more of them share what an input costs."""
-        return 2 if self.rows <= 2 or self.rows > 8 else 4
+        """Output rows that a warp of a product works on at once: more of them share what an input costs, fewer
+        come in longer pieces, of which each takes the copy engine the same time."""
+        if self.rows == 1:
+            return 1
+        return 2 if self.rows == 2 or self.rows > 8 else 4
 
     @property
     def lane_numbers(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from fbs_rl.decode.kernel_arguments import make_launch
+from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.module_calls import (
     write_boundary,
     write_chunk_end,
@@ -21,7 +21,7 @@ from fbs_rl.model.layer import FBSLayer
 from fbs_rl.model.skip_path import SkipAdapter
 from fbs_rl.types import KVPolicy
 
-_ATTENTION_THREADS = 256
+_ATTENTION_PARTS = 16  # MOST_PARTS of kernels/attention.cu
 
 
 def write_step(writer: StepWriter) -> None:
@@ -37,7 +37,7 @@ def write_step(writer: StepWriter) -> None:
 def _write_embedding(writer: StepWriter) -> None:
     table: Any = writer.model.model.embed_tokens.weight
     writer.call(
-        "embed", writer.shape.rows, 256, table=table, token_B=writer.tokens.token_B, width=table.shape[1],
+        "embed", table=table, token_B=writer.tokens.token_B, width=table.shape[1],
         state_Bd=writer.layers.state[0], motion_B2=writer.gates.motion_B2 if writer.free else None,
     )  # fmt: skip
 
@@ -72,11 +72,11 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
     writer.product(
         "product_attention_out", [attention.o_proj.weight], buffers.attended_BX, buffers.middle_Bd,
         residual_Bd=injected, bias_N=attention.o_proj.bias, skip_B=skip_B,
-    )  # fmt: skip
+    ).void_flags = skip_B  # fmt: skip
     writer.product(
         "product_gate_up", [mlp.gate_proj.weight, mlp.up_proj.weight], buffers.middle_Bd, buffers.active_BI,
         norm=cast(Any, layer.post_attention_layernorm).weight, skip_B=skip_B,
-    )  # fmt: skip
+    ).void_flags = skip_B  # fmt: skip
     path = layer.skip_path
     adapter: dict[str, Any] = {}
     if skip_B is not None and isinstance(path, SkipAdapter):
@@ -86,10 +86,11 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
             "down_stride": buffers.front_BF.stride(0),
             "adapter_rank": path.up.in_features,
         }
-    writer.product(
-        "product_down", [mlp.down_proj.weight], buffers.active_BI, buffers.state[1 - layer.index % 2],
+    last = writer.product(
+        "product_down", [mlp.down_proj.weight], buffers.active_BI, writer.entering(layer.index + 1),
         residual_Bd=buffers.middle_Bd, state_Bd=state, skip_B=skip_B, **adapter,
     )  # fmt: skip
+    last.brings_near = True  # what follows are small products and decisions
 
 
 def _write_attention(
@@ -97,26 +98,34 @@ def _write_attention(
 ) -> None:
     buffers, attention = writer.layers, layer.self_attn
     projects = writer.model.config.kv_on_skip == KVPolicy.PROJECT
+    void = None if projects else skip_B
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-    writer.product(
+    first = writer.product(
         "product_qkv", [part.weight for part in parts], injected, buffers.qkv_BX,
         norm=layer.input_layernorm.weight, skip_B=skip_B, bias_N=buffers.qkv_bias.get(layer.index),
         kept_from=attention.q_proj.out_features if projects else -1,
     )  # fmt: skip
+    first.void_flags, first.brings_near = void, True  # attention follows
     keys = buffers.keys[layer.index]
-    rows, heads, capacity = keys.shape[:3]
+    heads, capacity = keys.shape[1:3]
     lengths = None if buffers.length_LBG is None else buffers.length_LBG[layer.index]
-    writer.calls.append(
-        make_launch(
-            "attention", (heads, buffers.splits, rows), _ATTENTION_THREADS,
+    writer.call(
+        "attention", _attention_bytes(writer.shape),
             qkv=buffers.qkv_BX, keys=keys, values=buffers.values[layer.index], cos=buffers.cos_SD,
             sin=buffers.sin_SD, query_norm=_head_norm(attention, "q_norm"),
             key_norm=_head_norm(attention, "k_norm"), position_B=writer.tokens.position_B,
             length_BG=lengths, skip_B=skip_B, part_sums=buffers.part_sums, part_state=buffers.part_state,
-            arrived=buffers.arrived, out=buffers.attended_BX, key_heads=heads, capacity=capacity,
-            leaves_entry=int(projects), scale=attention.scaling, eps=writer.model.config.rms_norm_eps,
-        )
-    )  # fmt: skip
+            arrived=buffers.arrived, out=buffers.attended_BX, key_heads=heads, splits=buffers.splits,
+            capacity=capacity, leaves_entry=int(projects), scale=attention.scaling,
+            eps=writer.model.config.rms_norm_eps,
+    ).void_flags = void  # fmt: skip
+
+
+def _attention_bytes(shape: KernelShape) -> int:
+    """Of AttentionShared in kernels/attention.cu."""
+    heads = shape.query_group * shape.head_dim
+    floats = 9 * heads + 6 * shape.head_dim + (3 * _ATTENTION_PARTS + 2) * shape.query_group
+    return 4 * (floats + 1)
 
 
 def _head_norm(attention: Any, name: str) -> Tensor | None:
@@ -128,7 +137,7 @@ def _write_logits(writer: StepWriter) -> None:
     norm: Any = model.model.norm
     writer.product(
         "product_logits", [model.lm_head.weight], writer.entering(model.config.layer_count), tokens.logits_BV,
-        norm=norm.weight, wide_out=tokens.best, best_index=tokens.best_index,
+        norm=norm.weight, best=tokens.best, best_index=tokens.best_index,
     )  # fmt: skip
 
 
@@ -139,7 +148,7 @@ def write_advance(writer: StepWriter, picks: bool) -> None:
     """
     tokens = writer.tokens
     writer.call(
-        "advance", 1, 256, best=tokens.best, best_index=tokens.best_index, offers=len(tokens.best) if picks else 0,
+        "advance", 8 * writer.shape.rows, best=tokens.best, best_index=tokens.best_index, offers=len(tokens.best) if picks else 0,
         forced_steps=tokens.forced_steps, forced=tokens.forced_TB, token_B=tokens.token_B,
         vocabulary=tokens.logits_BV.shape[1],
         position_B=tokens.position_B, step=tokens.step, trace_steps=len(tokens.token_TB), token_trace=tokens.token_TB,

@@ -5,9 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
+from fbs_rl.decode.program import WARPS
+from fbs_rl.decode.step_buffers import MOST_FOUND
 from fbs_rl.decode.step_writer import StepWriter
 from fbs_rl.model.layer import FBSLayer
-from fbs_rl.types import Compression, GateInputs
+from fbs_rl.model.skip_gate import SkipGate
+from fbs_rl.types import Compression, GateInputs, KVPolicy
+
+_SHORTLIST_BYTES = 4 * (
+    2 * MOST_FOUND + 256
+)  # keys, places, and a flag a thread: kernels/preview.cu
+_MOST_HORIZONS = 64
+_MOST_FEATURES = 512  # of kernels/gate.cu
 
 
 def write_look(writer: StepWriter, layer: FBSLayer) -> None:
@@ -27,11 +38,13 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
         mean = buffers.query_BX[:, horizons * rank :]
         writer.product(
             "product_scores", [buffers.table_NR], mean, None, out_stride=len(buffers.table_NR),
-            prior_N=buffers.prior_N, wide_out=buffers.score_BN,
+            prior_N=buffers.prior_N, wide_out=buffers.score_BN, best=buffers.best,
         )  # fmt: skip
         writer.call(
-            "shortlist", writer.shape.rows, 1024, score_BN=buffers.score_BN, count=buffers.score_BN.shape[1],
-            wanted=head.shortlist_size, index_BM=buffers.index_BM,
+            "shortlist", _SHORTLIST_BYTES, score_BN=buffers.score_BN, count=buffers.score_BN.shape[1],
+            wanted=head.shortlist_size, index_BM=buffers.index_BM, best=buffers.best,
+            offers=writer.calls[-1].arguments.weights.blocks, key_BF=buffers.key_BF, place_BF=buffers.place_BF,
+            found_B=buffers.found_B, arrived_B=buffers.arrived_B,
         )  # fmt: skip
     dynamic = paw.fixed_window is None
     window: dict[str, Any] = {"fixed_window": float(paw.fixed_window or 0)}
@@ -45,14 +58,17 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
         }
     mixes = paw.compression is Compression.CONV
     count = head.shortlist_size
-    floats = count * (rank + 4) + 2 * horizons * rank + horizons * count + 48 * rank * mixes
+    floats = (
+        count * (rank + 4) + 3 * (2 * rank + count) + _MOST_HORIZONS
+    )  # LookRoom of kernels/preview.cu
     writer.call(
-        "look", writer.shape.rows, 512, 4 * floats, front=writer.layers.front_BF,
+        "look", 4 * floats, front=writer.layers.front_BF,
         front_stride=writer.layers.front_BF.stride(0), hard=int(paw.hard), temperature=config.paw_temperature,
         query_BKR=buffers.query_BX, query_stride=buffers.query_BX.stride(0), index_BM=buffers.index_BM,
         table_NR=buffers.table_NR, early=int(not first), horizons=horizons, candidates=count, rank=rank,
         mix=paw.mix.weight if mixes else None, mix_bias=paw.mix.bias if mixes else None,
-        pooled_BR=buffers.pooled_BR, entropy_B=buffers.entropy_B, **window,
+        pooled_BR=buffers.pooled_BR, entropy_B=buffers.entropy_B, mixed_BKR=buffers.mixed_BKR,
+        arrived_B=buffers.arrived_B, **window,
     )  # fmt: skip
 
 
@@ -64,7 +80,14 @@ def write_injection(writer: StepWriter, layer: FBSLayer) -> None:
         "product_inject_preview", [layer.paw.up.weight], writer.previews.pooled_BR, writer.layers.injected_Bd,
         norm=layer.paw.up_norm.weight, eps=eps, strength=layer.paw.strength,
         residual_Bd=writer.entering(layer.index), skip_B=writer.skip_B(layer.index),
-    )  # fmt: skip
+    ).void_flags = _read_by_nobody(writer, layer)  # fmt: skip
+
+
+def _read_by_nobody(writer: StepWriter, layer: FBSLayer) -> Tensor | None:
+    """The layer's flags if nothing reads h̃ where all rows skip: without keys and values of skipped tokens."""
+    return (
+        None if writer.model.config.kv_on_skip == KVPolicy.PROJECT else writer.skip_B(layer.index)
+    )
 
 
 def write_decision(writer: StepWriter, layer: FBSLayer) -> None:
@@ -94,19 +117,26 @@ def write_decision(writer: StepWriter, layer: FBSLayer) -> None:
         }
     if index > 0 and config.gate_inputs != GateInputs.PREVIEW:
         reads |= _moved(writer, index - 1)
-    weights = sum(
-        weight.numel() for name, weight in gate.named_parameters() if name != "reduce.weight"
-    )
     writer.call(
-        "decide", 1, 256, weights * gate.hidden.weight.element_size(),
-        front=buffers.front_BF, front_stride=buffers.front_BF.stride(0),
+        "decide", gate_bytes(gate), front=buffers.front_BF, front_stride=buffers.front_BF.stride(0),
         hidden=gate.hidden.weight, hidden_bias=gate.hidden.bias, out=gate.out.weight, out_bias=gate.out.bias,
         hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
         sampled=int(writer.sampled), consensus=int(writer.together), tau_B=gates.tau_B, seed_B2=gates.seed_B2,
         position_B=writer.tokens.position_B, leader=index, members=end - index, free_mask=mask,
         skip_LB=gates.skip_LB, layers=config.layer_count, step=writer.tokens.step,
         trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, **reads,
-    )  # fmt: skip
+    ).alone = True  # fmt: skip
+
+
+def gate_bytes(gate: SkipGate) -> int:
+    """Of GateRoom in kernels/gate.cu: features and previews of eight rows, and all weights but the front's."""
+    pooled = gate.preview.in_features if gate.reads_preview else 0
+    small = (weight.numel() for name, weight in gate.named_parameters() if name != "reduce.weight")
+    numbers = sum(-(-count // 8) * 8 for count in small)
+    return (
+        WARPS * 4 * (_MOST_FEATURES + -(-pooled // 4) * 4)
+        + numbers * gate.hidden.weight.element_size()
+    )
 
 
 def _moved(writer: StepWriter, layer: int) -> dict[str, Any]:
@@ -125,7 +155,7 @@ def write_move(writer: StepWriter, layer: FBSLayer) -> None:
     inside = after < writer.model.config.layer_count and after % writer.model.config.gate_block
     if inside and writer.free and layer.index not in writer.free:
         moved = _moved(writer, layer.index)
-        writer.call("move", 1, 256, motion_B2=writer.gates.motion_B2, **moved)
+        writer.call("move", motion_B2=writer.gates.motion_B2, **moved)
 
 
 def write_boundary(writer: StepWriter, layer: FBSLayer) -> None:
@@ -133,7 +163,7 @@ def write_boundary(writer: StepWriter, layer: FBSLayer) -> None:
     chunks, front = writer.chunks, writer.layers.front_BF
     assert chunks is not None
     writer.call(
-        "boundary", 1, 32, front=front, front_stride=front.stride(0),
+        "boundary", front=front, front_stride=front.stride(0),
         label_at=writer.fronts[layer.index].place["label"], ring_length=writer.model.config.chunk_cache,
         closed_B=chunks.closed_B, open_size_B=chunks.open_size_B, continuable_B=chunks.continuable_B,
         before_B=chunks.before_B, slot_B=chunks.slot_B, size_B=chunks.size_B, kept_B=chunks.kept_B,
@@ -149,19 +179,20 @@ def write_chunk_read(writer: StepWriter, layer: FBSLayer) -> None:
     keys, values, _ = chunks.rings[layer.index]
     width = reader.key.out_features
     skip_B = writer.skip_B(layer.index)
-    writer.call_for_rows(
-        "chunk_read", reader.heads, 256, 4 * (2 + reader.cap + width // reader.heads + 256), front=buffers.front_BF,
+    void = _read_by_nobody(writer, layer)
+    writer.call(
+        "chunk_read", 4 * (2 + 2 * reader.cap + width // reader.heads + 2048), front=buffers.front_BF,
         front_stride=buffers.front_BF.stride(0), query_at=writer.fronts[layer.index].place["chunk_query"],
         null_key=reader.null_key, null_value=reader.null_value, keys=keys, values=values,
         bias_HC=reader.distance_bias, bucket_C=chunks.bucket_C, heads=reader.heads, width=width,
         buckets=reader.buckets, ring_length=reader.cap, scale=1 / math.sqrt(width // reader.heads),
         before_B=chunks.before_B, skip_B=skip_B, out=chunks.mixed_BW,
-    )  # fmt: skip
+    ).void_flags = void  # fmt: skip
     residual = writer.entering(layer.index) if layer.paw is None else buffers.injected_Bd
     writer.product(
         "product_inject_chunks", [reader.out.weight], chunks.mixed_BW, buffers.injected_Bd,
         strength=reader.strength, residual_Bd=residual, skip_B=skip_B,
-    )  # fmt: skip
+    ).void_flags = void  # fmt: skip
 
 
 def write_chunk_end(writer: StepWriter, layer: FBSLayer) -> None:
@@ -169,16 +200,18 @@ def write_chunk_end(writer: StepWriter, layer: FBSLayer) -> None:
     reader, chunks = layer.chunk_reader, writer.chunks
     assert reader is not None and chunks is not None
     keys, values, sum_Bd = chunks.rings[layer.index]
-    writer.product(
+    summary = writer.product(
         "product_summary", [reader.summarise.weight], None, chunks.summary_BW, sum_Bd=sum_Bd,
         size_B=chunks.size_B, slot_B=chunks.slot_B,
     )  # fmt: skip
-    writer.product(
+    ring = writer.product(
         "product_ring", [reader.key.weight, reader.value.weight], chunks.summary_BW, None,
         slot_B=chunks.slot_B, ring=[keys, values], ring_length=reader.cap,
     )  # fmt: skip
+    for call in (summary, ring):
+        call.void_flags, call.void_slots = chunks.slot_B, True
     state = writer.entering(layer.index)
     writer.call(
-        "chunk_extend", writer.shape.rows, 256, state_Bd=state, width=state.shape[1],
+        "chunk_extend", state_Bd=state, width=state.shape[1],
         eps=writer.model.config.rms_norm_eps, kept_B=chunks.kept_B, sum_Bd=sum_Bd,
     )  # fmt: skip

@@ -5,30 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fbs_rl.decode.cuda_launcher import MOST_SHARED_BYTES
 from fbs_rl.decode.kernel_source import KernelShape
+from fbs_rl.decode.program import WARPS
 
-WARPS = 8  # PRODUCT_WARPS of kernels/products.cu
-_MOST_SLOTS = 8
-_CHUNK_BYTES = 1536  # of one row, at most
-_RING_BYTES = 80 * 1024  # of a block: two blocks, of a kernel and the next, share a multiprocessor
-_OWN_BYTES = 4 * 1024  # what kernels declare for themselves
+_CHUNK_BYTES = 5120  # that a warp asks for at once, of all its rows together, at most
 
 
 @dataclass(frozen=True, slots=True)
 class ProductPlan:
-    """blocks, one a multiprocessor; splits: parts of a row's length that different warps take.
+    """blocks, at most one a multiprocessor; splits: parts of a row's length that different warps take.
 
-    chunk: columns that a warp asks for at once, of each of its rows; unit_chunks: of a part; slots: chunks that
-    it is ahead.
+    chunk: columns that a warp asks for at once, of each of its rows; unit_chunks: of a part. room_bytes: of inputs
+    and sums.
     """
 
     blocks: int
     splits: int
     chunk: int
     unit_chunks: int
-    slots: int
-    shared_bytes: int
+    room_bytes: int
 
     @classmethod
     def of(cls, rows: int, columns: int, shape: KernelShape, multiprocessors: int) -> ProductPlan:
@@ -42,29 +37,18 @@ class ProductPlan:
         blocks = min(groups, multiprocessors)
         each = -(-groups // blocks)
         chunk, splits = min(_cuts(columns, shape), key=lambda cut: _burden(each, columns, *cut))
-        number = 16 // shape.lane_numbers
-        inputs = (shape.rows + 1) * columns * number
-        sums = each * splits * shape.out_rows * shape.rows * 4
-        slot = WARPS * shape.out_rows * chunk * number
-        left = MOST_SHARED_BYTES - _OWN_BYTES - inputs - sums
-        slots = min(_MOST_SLOTS, max(1, _RING_BYTES // slot), left // slot)
-        if slots < 1:
-            raise ValueError(
-                f"{shape.rows} rows of {columns} inputs do not fit a multiprocessor's {MOST_SHARED_BYTES >> 10} KiB; "
-                f"decode fewer rows at once or in bfloat16"
-            )
-        return cls(
-            blocks, splits, chunk, columns // chunk // splits, slots, inputs + sums + slots * slot
-        )
+        inputs = (shape.rows + 1) * columns * (16 // shape.lane_numbers)
+        sums = (each + 1) * splits * shape.out_rows * shape.rows * 4  # pairs stay together
+        return cls(blocks, splits, chunk, columns // chunk // splits, inputs + sums)
 
 
 def _cuts(columns: int, shape: KernelShape) -> Iterator[tuple[int, int]]:
     """(chunk, splits) that divide the columns; chunks as long as is allowed for each number of splits."""
-    number = 16 // shape.lane_numbers
+    most = _CHUNK_BYTES // shape.out_rows // (16 // shape.lane_numbers)
     for splits in range(1, WARPS + 1):
         for parts in range(splits, columns // shape.lane_numbers + 1, splits):
             chunk = columns // parts
-            if columns % parts or chunk % shape.lane_numbers or chunk * number > _CHUNK_BYTES:
+            if columns % parts or chunk % shape.lane_numbers or chunk > most:
                 continue
             yield chunk, splits
             break

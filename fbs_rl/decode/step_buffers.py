@@ -18,6 +18,7 @@ from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.types import KVPolicy
 
 _MOST_SPLITS = 16  # MOST_PARTS of kernels/attention.cu
+MOST_FOUND = 1024  # FOUND_KEYS of kernels/preview.cu
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +77,12 @@ class TokenBuffers:
 
 @dataclass(slots=True)
 class LayerBuffers:
-    """state: h and the next layer's h, in turns. injected_Bd: h̃. middle_Bd: behind attention.
+    """state: h of a layer, of the one behind and of the one in front, in turns. injected_Bd: h̃. middle_Bd: behind attention.
 
     keys, values: per layer [B, key heads, S, D]. length_LBG: entries, where skipped tokens leave none; else None.
     """
 
-    state: tuple[Tensor, Tensor]
+    state: tuple[Tensor, Tensor, Tensor]
     injected_Bd: Tensor
     middle_Bd: Tensor
     front_BF: Tensor
@@ -111,7 +112,11 @@ class LayerBuffers:
         cos, sin = model.model.rotary_emb(room.numbers(1, 1, hidden), positions)
         noop = config.kv_on_skip == KVPolicy.NOOP
         return cls(
-            state=(room.numbers(rows, hidden), room.numbers(rows, hidden)),
+            state=(
+                room.numbers(rows, hidden),
+                room.numbers(rows, hidden),
+                room.numbers(rows, hidden),
+            ),
             injected_Bd=room.numbers(rows, hidden),
             middle_Bd=room.numbers(rows, hidden),
             front_BF=room.numbers(rows, front),
@@ -140,8 +145,8 @@ def _biases(model: FBSForCausalLM) -> Iterator[tuple[int, Tensor]]:
 
 
 def _attention_splits(heads: int, tokens: int, multiprocessors: int) -> int:
-    """Parts that a row's entries are cut into: about two blocks a multiprocessor, 32 entries or more each."""
-    return max(1, min(2 * multiprocessors // heads, -(-tokens // 32), _MOST_SPLITS))
+    """Parts that a row's entries are cut into: about one a multiprocessor, 32 entries or more each."""
+    return max(1, min(multiprocessors // heads, -(-tokens // 32), _MOST_SPLITS))
 
 
 @dataclass(slots=True)
@@ -170,14 +175,20 @@ class GateBuffers:
 
 @dataclass(slots=True)
 class PreviewBuffers:
-    """query_BX: every horizon's query, and the mean one behind them. The rest as in Glance and Shortlist.
+    """query_BX: every horizon's query, and the mean one behind them. The rest as in Look and Shortlist of the kernels.
 
     table_NR, mean_map_RR, prior_N: what the preview head's weights determine; copy_weights() follows them.
     """
 
     query_BX: Tensor
     score_BN: Tensor
+    best: Tensor
+    key_BF: Tensor
+    place_BF: Tensor
+    found_B: Tensor
+    arrived_B: Tensor
     index_BM: Tensor
+    mixed_BKR: Tensor
     pooled_BR: Tensor
     entropy_B: Tensor
     table_NR: Tensor
@@ -185,12 +196,18 @@ class PreviewBuffers:
     prior_N: Tensor
 
     @classmethod
-    def empty(cls, room: Room, config: FBSConfig) -> PreviewBuffers:
+    def empty(cls, room: Room, config: FBSConfig, blocks: int) -> PreviewBuffers:
         rows, rank, size = room.rows, config.paw_rank, config.preview_vocab_size
         return cls(
             room.numbers(rows, (config.paw_horizon + 1) * rank),
             room.floats(rows, size),
+            room.floats(blocks, rows),
+            room.integers(rows, MOST_FOUND),
+            room.integers(rows, MOST_FOUND),
+            room.integers(rows),
+            room.integers(rows),
             room.integers(rows, config.paw_shortlist),
+            room.floats(rows, config.paw_horizon, rank),
             room.numbers(rows, config.pooled_width),
             room.floats(rows),
             room.numbers(size, rank),

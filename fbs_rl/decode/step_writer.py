@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from fbs_rl.decode.front_rows import FrontRows
-from fbs_rl.decode.kernel_arguments import Launch, make_launch
+from fbs_rl.decode.kernel_arguments import Call, kinds, make_call
 from fbs_rl.decode.kernel_source import KernelShape
-from fbs_rl.decode.product_plan import WARPS, ProductPlan
+from fbs_rl.decode.product_plan import ProductPlan
 from fbs_rl.decode.step_buffers import (
     ChunkBuffers,
     GateBuffers,
@@ -40,35 +40,33 @@ class StepWriter:
     gates: GateBuffers
     previews: PreviewBuffers | None
     chunks: ChunkBuffers | None
-    calls: list[Launch] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
-    def call(self, kernel: str, blocks: int, threads: int, shared_bytes: int = 0, **values: Any) -> None:  # fmt: skip
-        self.calls.append(make_launch(kernel, (blocks, 1, 1), threads, shared_bytes, **values))
-
-    def call_for_rows(
-        self, kernel: str, blocks: int, threads: int, shared_bytes: int, **values: Any
-    ) -> None:
-        """`blocks` for each row."""
-        grid = (blocks, 1, self.shape.rows)
-        self.calls.append(make_launch(kernel, grid, threads, shared_bytes, **values))
+    def call(self, name: str, room_bytes: int = 0, **values: Any) -> Call:
+        self.calls.append(make_call(name, room_bytes, **values))
+        return self.calls[-1]
 
     def product(
-        self, kernel: str, weights: list[Tensor], source: Tensor | None, out: Tensor | None, **values: Any
-    ) -> None:  # fmt: skip
-        """A product of `source` [B, columns] with matrices whose outputs lie side by side in `out` [B, rows]."""
+        self, name: str, weights: list[Tensor], source: Tensor | None, out: Tensor | None, *,
+        skip_B: Tensor | None = None, slot_B: Tensor | None = None, kept_from: int = -1, **values: Any,
+    ) -> Call:  # fmt: skip
+        """A product of `source` [B, columns] with matrices whose outputs lie side by side in `out` [B, rows].
+
+        skip_B, slot_B, kept_from: as in Weights of kernels/products.cu.
+        """
         rows, columns = [len(weight) for weight in weights], weights[0].shape[1]
         plan = ProductPlan.of(sum(rows), columns, self.shape, self.multiprocessors)
-        values = {"kept_from": -1, "eps": self.model.config.rms_norm_eps} | values
+        values = {"eps": self.model.config.rms_norm_eps} | values
         if source is not None:
             values |= {"input": source, "input_stride": source.stride(0)}
         if out is not None:
             values |= {"out": out, "out_stride": out.stride(0)}
-        self.call(
-            kernel, plan.blocks, 32 * WARPS, plan.shared_bytes,
-            weight=weights, rows=rows, columns=columns, splits=plan.splits, chunk=plan.chunk,
-            unit_chunks=plan.unit_chunks,
-            slots=plan.slots, **values,
-        )  # fmt: skip
+        matrices = {
+            "matrix": weights, "rows": rows, "columns": columns, "blocks": plan.blocks, "splits": plan.splits,
+            "chunk": plan.chunk, "unit_chunks": plan.unit_chunks, "paired": int(kinds()[name].writes == "GATED"),
+            "kept_from": kept_from, "skip_B": skip_B, "slot_B": slot_B,
+        }  # fmt: skip
+        return self.call(name, plan.room_bytes, weights=matrices, **values)
 
     def skip_B(self, layer: int) -> Tensor | None:
         """Flags of who skips the layer, None if nobody can."""
@@ -80,4 +78,4 @@ class StepWriter:
 
     def entering(self, layer: int) -> Tensor:
         """h [B, d] in front of the layer."""
-        return self.layers.state[layer % 2]
+        return self.layers.state[layer % 3]

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
+from fbs_rl.decode.step_buffers import MOST_FOUND
 from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.types import Compression, GateInputs, GateMode
 
-_MOST_PREVIEW_TOKENS = 32 * 1024  # that the shortlist kernel holds in registers
+_MOST_RANK = 256  # numbers of a preview, one a thread
 _MOST_GATE_FEATURES = 512
 _MOST_HORIZONS = 64
 
@@ -49,8 +50,10 @@ def _reasons(model: FBSForCausalLM) -> Iterator[str]:
             yield 'paw_embed_space "full"'
         if config.paw_compression not in (Compression.CONV, Compression.MEAN):
             yield f'paw_compression "{config.paw_compression}"'
-        if config.preview_vocab_size > _MOST_PREVIEW_TOKENS:
-            yield f"a preview vocabulary of more than {_MOST_PREVIEW_TOKENS} tokens"
+        if config.paw_shortlist > MOST_FOUND:
+            yield f"a shortlist of more than {MOST_FOUND} tokens"
+        if config.paw_rank > _MOST_RANK:
+            yield f"a paw_rank of more than {_MOST_RANK}"
         if config.paw_horizon > _MOST_HORIZONS:
             yield f"more than {_MOST_HORIZONS} horizons"
     chunk_head = config.chunk_width // config.chunk_heads

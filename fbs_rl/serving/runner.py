@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fbs_rl.gate_bundle import GateBundle, GateParts, digest_of, gate_tensors
+from fbs_rl.gate_bundle import GateBundle, GateParts, digest_of, gate_tensors, held_digest
 from fbs_rl.serving.sessions import Scheduled, Sessions
 
 
@@ -133,7 +133,7 @@ class FBSWorkerExtension:
         if sessions.stats is not None:
             sessions.stats.add(gate_updates=1)
             sessions.stats.set(gate_version=bundle.version)
-        return {"version": bundle.version, "digest": self._fbs_digest(list(bundle.tensors))}
+        return {"version": bundle.version, "digest": held_digest(self._fbs_named(), bundle)}
 
     def fbs_gates(self, parts: str = "gates") -> dict[str, Any]:
         """Version, and digest over the gates (or gates and previews), as they are in memory."""
@@ -146,9 +146,12 @@ class FBSWorkerExtension:
         return {"trace_bytes": traces.bytes, "traces_dropped": traces.dropped}
 
     def _fbs_digest(self, names: list[str]) -> str:
-        model = self.model_runner.get_model()
-        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        named = self._fbs_named()
         return digest_of({name: named[name] for name in names})
+
+    def _fbs_named(self) -> dict[str, Any]:
+        model = self.model_runner.get_model()
+        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
     def _fbs_sessions(self) -> Sessions:
         runner = self.model_runner

@@ -1,7 +1,7 @@
 // Attention of one token a row over its cache, with the rotation of its query and key and the new entry.
 //
-// grid (key heads, splits, ROWS). Each block reads a part of the entries; the last one to finish a (row, key
-// head) joins the parts. The block whose part holds the new entry writes it. A row that skips only leaves its
+// Each block reads a part of the entries of a row's key head; the last one to finish a (row, key head) joins the
+// parts. The block whose part holds the new entry writes it. A row that skips only leaves its
 // entry (`project`) or nothing (`noop`: length_BG counts the entries that exist).
 
 #define LANE_DIMS ((HEAD_DIM + 31) / 32)  // numbers of a head that a lane holds, side by side
@@ -23,6 +23,7 @@ struct Attention {
   int* arrived;      // [ROWS, key heads], zero between steps
   num* out;          // [ROWS, query heads·HEAD_DIM]
   int key_heads;
+  int splits;
   int capacity;
   int leaves_entry;  // `project`
   float scale;
@@ -37,7 +38,7 @@ struct Rotation {
 };
 
 __device__ __forceinline__ void load_rotation(const Attention& a, int position, Rotation& r) {
-  for (int i = threadIdx.x; i < HEAD_DIM; i += blockDim.x) {
+  for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
     r.norm[0][i] = a.query_norm ? widen(a.query_norm[i]) : 1.f;
     r.norm[1][i] = a.key_norm ? widen(a.key_norm[i]) : 1.f;
     r.cos[i] = widen(a.cos[(long long)position * HEAD_DIM + i]);
@@ -148,7 +149,7 @@ __device__ __forceinline__ void mix_entries(const Entries& e, int count, float s
 // query head. state: (top, total) of part p and head g at (p·QUERY_GROUP + g)·2; a part without entries weighs 0.
 __device__ __forceinline__ void weigh_parts(const float* state, int count, float* weight, float* total_G) {
   const int lane = threadIdx.x % WARP;
-  for (int g = threadIdx.x / WARP; g < QUERY_GROUP; g += blockDim.x / WARP) {
+  for (int g = threadIdx.x / WARP; g < QUERY_GROUP; g += WARPS) {
     const float held = lane < count ? state[(lane * QUERY_GROUP + g) * 2 + 1] : 0.f;
     const float own = held > 0.f ? state[(lane * QUERY_GROUP + g) * 2] : MINUS_INFINITY;
     const float top = warp_max(own);
@@ -161,14 +162,14 @@ __device__ __forceinline__ void weigh_parts(const float* state, int count, float
   }
 }
 
-#define ATTENTION_WARPS 8
+#define JOINED ((QUERY_GROUP * HEAD_DIM + THREADS - 1) / THREADS)  // outputs of a thread
 #define MOST_PARTS 16  // of a (row, key head); no fewer than warps
 
 struct AttentionShared {
   float query[QUERY_GROUP][HEAD_DIM];
   float fresh[2][HEAD_DIM];  // the token's key and value
   Rotation rotation;
-  float sums[ATTENTION_WARPS * QUERY_GROUP * HEAD_DIM];
+  float sums[WARPS * QUERY_GROUP * HEAD_DIM];
   float state[MOST_PARTS * QUERY_GROUP * 2];
   float weight[MOST_PARTS * QUERY_GROUP];
   float total_G[2 * QUERY_GROUP];
@@ -204,8 +205,8 @@ __device__ __forceinline__ void mix_share(const Attention& a, const num* keys, c
       q[g][i] = at < HEAD_DIM ? m.query[g][at + i] : 0.f;
     }
   }
-  for (int from = low + warp * KEYS_AT_ONCE; from < high; from += ATTENTION_WARPS * KEYS_AT_ONCE) {
-    if (from >= low + ATTENTION_WARPS * KEYS_AT_ONCE) load_entries(keys, values, from, high, e);
+  for (int from = low + warp * KEYS_AT_ONCE; from < high; from += WARPS * KEYS_AT_ONCE) {
+    if (from >= low + WARPS * KEYS_AT_ONCE) load_entries(keys, values, from, high, e);
     mix_entries(e, high - from, a.scale, q, s);
   }
   if (!has_fresh || warp) return;
@@ -213,6 +214,8 @@ __device__ __forceinline__ void mix_share(const Attention& a, const num* keys, c
   for (int i = 0; i < LANE_DIMS; ++i) {
     e.key[0][i] = at < HEAD_DIM ? m.fresh[0][at + i] : 0.f;
     e.value[0][i] = at < HEAD_DIM ? m.fresh[1][at + i] : 0.f;
+#pragma unroll
+    for (int j = 1; j < KEYS_AT_ONCE; ++j) e.key[j][i] = e.value[j][i] = 0.f;  // weighed with 0, which saves no NaN
   }
   mix_entries(e, 1, a.scale, q, s);
 }
@@ -233,13 +236,13 @@ __device__ __forceinline__ void join_warps(const Attention& a, const Softmax& s,
         m.sums[(warp * QUERY_GROUP + g) * HEAD_DIM + lane * LANE_DIMS + i] = s.mix[g][i];
   }
   __syncthreads();
-  weigh_parts(m.state, ATTENTION_WARPS, m.weight, m.total_G);
+  weigh_parts(m.state, WARPS, m.weight, m.total_G);
   __syncthreads();
-  for (int i = threadIdx.x; i < QUERY_GROUP * HEAD_DIM; i += blockDim.x) {
+  for (int i = threadIdx.x; i < QUERY_GROUP * HEAD_DIM; i += THREADS) {
     const int g = i / HEAD_DIM;
     float mix = 0.f;
 #pragma unroll
-    for (int w = 0; w < ATTENTION_WARPS; ++w) mix += m.weight[w * QUERY_GROUP + g] * m.sums[w * QUERY_GROUP * HEAD_DIM + i];
+    for (int w = 0; w < WARPS; ++w) mix += m.weight[w * QUERY_GROUP + g] * m.sums[w * QUERY_GROUP * HEAD_DIM + i];
     if (only) out[i] = narrow(mix / m.total_G[g]);
     else a.part_sums[part * QUERY_GROUP * HEAD_DIM + i] = mix;
     if (!only && i % HEAD_DIM == 0) {
@@ -251,27 +254,36 @@ __device__ __forceinline__ void join_warps(const Attention& a, const Softmax& s,
 
 // All parts of a (row, key head) joined, by the block that finished last.
 __device__ __forceinline__ void join_parts(const Attention& a, AttentionShared& m, long long first, int splits, num* out) {
-  for (int i = threadIdx.x; i < splits * QUERY_GROUP * 2; i += blockDim.x)
+  const float* sums = a.part_sums + first * QUERY_GROUP * HEAD_DIM;
+  float held[JOINED][MOST_PARTS];  // on their way while the weights are found
+#pragma unroll
+  for (int j = 0; j < JOINED; ++j) {
+    const int i = j * THREADS + threadIdx.x;
+#pragma unroll
+    for (int p = 0; p < MOST_PARTS; ++p)
+      held[j][p] = p < splits && i < QUERY_GROUP * HEAD_DIM ? __ldcg(sums + p * QUERY_GROUP * HEAD_DIM + i) : 0.f;
+  }
+  for (int i = threadIdx.x; i < splits * QUERY_GROUP * 2; i += THREADS)
     m.state[i] = __ldcg(a.part_state + first * QUERY_GROUP * 2 + i);
   __syncthreads();
   weigh_parts(m.state, splits, m.weight, m.total_G);
   __syncthreads();
-  const float* sums = a.part_sums + first * QUERY_GROUP * HEAD_DIM;
-  for (int i = threadIdx.x; i < QUERY_GROUP * HEAD_DIM; i += blockDim.x) {
-    const int g = i / HEAD_DIM;
+#pragma unroll
+  for (int j = 0; j < JOINED; ++j) {
+    const int i = j * THREADS + threadIdx.x, g = i / HEAD_DIM;
+    if (i >= QUERY_GROUP * HEAD_DIM) continue;
     float mix = 0.f;
-#pragma unroll 16
-    for (int p = 0; p < splits; ++p)
-      mix += m.weight[p * QUERY_GROUP + g] * __ldcg(sums + p * QUERY_GROUP * HEAD_DIM + i);
+#pragma unroll
+    for (int p = 0; p < MOST_PARTS; ++p)
+      if (p < splits) mix += m.weight[p * QUERY_GROUP + g] * held[j][p];
     out[i] = narrow(mix / m.total_G[g]);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARP * ATTENTION_WARPS, 2) attention(Attention a) {
-  __shared__ AttentionShared m;
-  const int head = blockIdx.x, split = blockIdx.y, b = blockIdx.z, splits = gridDim.y;
-  const int warp = threadIdx.x / WARP;
-  // All this was written by earlier steps, or two kernels ago.
+// The softmax over a part of one row's entries for one key head.
+__device__ __forceinline__ void attend(const Attention& a, int head, int split, int b, Team& team, AttentionShared& m) {
+  const int warp = threadIdx.x / WARP, splits = a.splits;
+  // All this was written by earlier steps, or before the last await.
   const bool skipped = skips(a.skip_B, b);
   const int position = __ldcg(a.position_B + b);
   const int before = a.length_BG ? __ldcg(a.length_BG + b * a.key_heads + head) : position;
@@ -283,15 +295,14 @@ extern "C" __global__ void __launch_bounds__(WARP * ATTENTION_WARPS, 2) attentio
   Entries e;
   if (!skipped && low + warp * KEYS_AT_ONCE < high) load_entries(keys, values, low + warp * KEYS_AT_ONCE, high, e);
   load_rotation(a, position, m.rotation);
+  await(team);
   __syncthreads();
-  await();
-  allow_next();
   if (skipped && !(owner && a.leaves_entry)) return;
   const num* token = a.qkv + (long long)b * (QUERY_GROUP + 2) * a.key_heads * HEAD_DIM;
-  if (owner && warp == ATTENTION_WARPS - 1)
+  if (owner && warp == WARPS - 1)
     write_entry(a, token, head, keys + (long long)before * HEAD_DIM, values + (long long)before * HEAD_DIM, m);
   if (skipped) return;
-  for (int g = warp; g < QUERY_GROUP; g += ATTENTION_WARPS)
+  for (int g = warp; g < QUERY_GROUP; g += WARPS)
     turn_head(token + (head * QUERY_GROUP + g) * HEAD_DIM, a.query_norm ? m.rotation.norm[0] : nullptr, m.rotation,
               a.eps, m.query[g]);
   __syncthreads();
@@ -303,4 +314,12 @@ extern "C" __global__ void __launch_bounds__(WARP * ATTENTION_WARPS, 2) attentio
   if (!arrive_last(a.arrived + b * a.key_heads + head, splits, &m.last)) return;
   if (splits > 1) join_parts(a, m, first, splits, out);
   if (a.length_BG && threadIdx.x == 0) a.length_BG[b * a.key_heads + head] = before + 1;
+}
+
+__device__ __forceinline__ void attention(const Attention& a, Team& team, AttentionShared& m) {
+  const int parts = a.key_heads * a.splits;
+  for (int i = blockIdx.x; i < parts * ROWS; i += gridDim.x) {
+    attend(a, i % a.key_heads, i % parts / a.key_heads, i / parts, team, m);
+    __syncthreads();
+  }
 }

@@ -21,11 +21,10 @@ struct Boundary {
   unsigned char* opens_trace;
 };
 
-extern "C" __global__ void __launch_bounds__(32) boundary(Boundary c) {
-  await();
-  allow_next();
+__device__ __forceinline__ void boundary(const Boundary& c, Team& team) {
+  await(team);
   const int b = threadIdx.x;
-  if (b >= ROWS) return;
+  if (blockIdx.x || b >= ROWS) return;
   const num* logit = c.front + b * c.front_stride + c.label_at;
   int label = 0;
   for (int i = 1; i < 4; ++i)
@@ -64,71 +63,98 @@ struct ChunkRead {
   num* out;  // [ROWS, width]
 };
 
-// Score of one chunk, or of the null slot, for the head whose query is in shared memory.
-__device__ __forceinline__ float chunk_score(const ChunkRead& c, const float* query, const num* key) {
-  float sum = 0.f;
-#pragma unroll 4
-  for (int i = 0; i < c.width / c.heads; i += LANE_NUMS) {
-    float k[LANE_NUMS];
-    unpack(__ldcg((const uint4*)(key + i)), k);
-#pragma unroll
-    for (int j = 0; j < LANE_NUMS; ++j) sum = fmaf(query[i + j], k[j], sum);
-  }
-  return rounded(rounded(sum) * c.scale);
-}
-
-// Softmax of the scores by one warp, rounded, in place.
-__device__ __forceinline__ void normalise_scores(float* score, int slots) {
-  const int lane = threadIdx.x;
+// Softmax of the scores by the whole block, rounded, in place.
+__device__ __forceinline__ void normalise_scores(float* score, int slots, float* scratch) {
+  const int warp = threadIdx.x / WARP;
   float top = MINUS_INFINITY, total = 0.f;
-  for (int s = lane; s < slots; s += WARP) top = fmaxf(top, score[s]);
+  for (int s = threadIdx.x; s < slots; s += THREADS) top = fmaxf(top, score[s]);
   top = warp_max(top);
-  for (int s = lane; s < slots; s += WARP) total += expf(score[s] - top);
-  total = warp_sum(total);
-  for (int s = lane; s < slots; s += WARP) score[s] = rounded(expf(score[s] - top) / total);
+  if (threadIdx.x % WARP == 0) scratch[warp] = top;
+  __syncthreads();
+  for (int w = 0; w < WARPS; ++w) top = fmaxf(top, scratch[w]);
+  __syncthreads();
+  for (int s = threadIdx.x; s < slots; s += THREADS) total += expf(score[s] - top);
+  total = block_sum(total, scratch);
+  for (int s = threadIdx.x; s < slots; s += THREADS) score[s] = rounded(expf(score[s] - top) / total);
+  __syncthreads();
 }
 
-// grid (heads, 1, ROWS). Slot 0 of the scores is the null slot.
-extern "C" __global__ void __launch_bounds__(256) chunk_read(ChunkRead c) {
-  const int h = blockIdx.x, b = blockIdx.z, size = c.width / c.heads;
-  float* query = (float*)shared;              // [size]
-  float* partial = query + size;              // [256]
-  float* score = partial + 256;               // [1 + used]
-  await();
-  allow_next();
+// Scores of the slots, 0 the null slot; `lanes` neighbouring threads a slot.
+__device__ __forceinline__ void score_chunks(const ChunkRead& c, int h, int lanes, const float* query, const num* keys,
+                                             int before, int slots, const float* bias_C, float* score) {
+  const int size = c.width / c.heads, lane = threadIdx.x % lanes;
+#pragma unroll 8
+  for (int first = 0; first < slots; first += THREADS / lanes) {
+    const int s = first + threadIdx.x / lanes;
+    const num* key = s ? keys + (long long)(s - 1) * c.width : c.null_key + h * size;
+    float sum = 0.f;
+    if (s < slots)
+      for (int i = lane * LANE_NUMS; i < size; i += lanes * LANE_NUMS) {
+        float k[LANE_NUMS];
+        unpack(__ldcg((const uint4*)(key + i)), k);
+#pragma unroll
+        for (int j = 0; j < LANE_NUMS; ++j) sum = fmaf(query[i + j], k[j], sum);
+      }
+    for (int d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    if (s >= slots || lane) continue;
+    float v = rounded(rounded(sum) * c.scale);
+    if (s) v = rounded(v + bias_C[(before - s + c.ring_length) % c.ring_length]);  // distance of slot s − 1
+    score[s] = v;
+  }
+}
+
+// One head of one row.
+__device__ __forceinline__ void read_chunks(const ChunkRead& c, int h, int b, Fixed& fixed, unsigned char* room) {
+  const int size = c.width / c.heads;
+  float* query = (float*)room;       // [size]
+  float* partial = query + size;     // [bands, size]
+  float* bias_C = partial + THREADS * LANE_NUMS;  // [ring]
+  float* score = bias_C + c.ring_length;          // [1 + used]
   if (skips(c.skip_B, b)) return;
+#pragma unroll 2
+  for (int i = threadIdx.x; i < c.ring_length; i += THREADS) bias_C[i] = widen(c.bias_HC[h * c.buckets + c.bucket_C[i]]);
   const int before = __ldcg(c.before_B + b), slots = 1 + min(before, c.ring_length);
   const num* keys = c.keys + (long long)b * c.ring_length * c.width + h * size;
   const num* values = c.values + (long long)b * c.ring_length * c.width + h * size;
-  for (int i = threadIdx.x; i < size; i += blockDim.x)
+  for (int i = threadIdx.x; i < size; i += THREADS)
     query[i] = read(c.front + b * c.front_stride + c.query_at + h * size + i);
   __syncthreads();
-  for (int s = threadIdx.x; s < slots; s += blockDim.x) {
-    float v = chunk_score(c, query, s ? keys + (long long)(s - 1) * c.width : c.null_key + h * size);
-    if (s) {
-      const int distance = (before - s + c.ring_length) % c.ring_length;  // of slot s − 1
-      v = rounded(v + widen(c.bias_HC[h * c.buckets + c.bucket_C[distance]]));
-    }
-    score[s] = v;
-  }
+  int lanes = 1;
+  while (lanes * 2 * LANE_NUMS <= size && lanes < WARP) lanes *= 2;
+  score_chunks(c, h, lanes, query, keys, before, slots, bias_C, score);
   __syncthreads();
-  if (threadIdx.x < WARP) normalise_scores(score, slots);
-  __syncthreads();
-  const int bands = blockDim.x / size, band = threadIdx.x / size, i = threadIdx.x % size;
-  float sum = 0.f;
+  normalise_scores(score, slots, fixed.scratch);
+  const int wide = size / LANE_NUMS, bands = THREADS / wide, band = threadIdx.x / wide, at = threadIdx.x % wide * LANE_NUMS;
+  float sum[LANE_NUMS] = {};
   if (band < bands) {
 #pragma unroll 8
-    for (int s = 1 + band; s < slots; s += bands) sum += score[s] * read(values + (long long)(s - 1) * c.width + i);
-    partial[threadIdx.x] = sum;
+    for (int s = 1 + band; s < slots; s += bands) {
+      float v[LANE_NUMS];
+      unpack(__ldcg((const uint4*)(values + (long long)(s - 1) * c.width + at)), v);
+#pragma unroll
+      for (int j = 0; j < LANE_NUMS; ++j) sum[j] = fmaf(score[s], v[j], sum[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < LANE_NUMS; ++j) partial[band * size + at + j] = sum[j];
   }
   __syncthreads();
-  if (threadIdx.x >= size) return;
-  sum = score[0] * widen(c.null_value[h * size + i]);
-  for (int k = 0; k < bands; ++k) sum += partial[k * size + i];
-  c.out[b * c.width + h * size + i] = narrow(sum);
+  for (int i = threadIdx.x; i < size; i += THREADS) {
+    float all = score[0] * widen(c.null_value[h * size + i]);
+    for (int k = 0; k < bands; ++k) all += partial[k * size + i];
+    c.out[b * c.width + h * size + i] = narrow(all);
+  }
 }
 
-// Add x̂ to the open chunk's sum, or begin a new one. One block a row.
+__device__ __forceinline__ void chunk_read(const ChunkRead& c, Team& team, Fixed& fixed,
+                                           unsigned char* room) {
+  await(team);
+  for (int i = blockIdx.x; i < c.heads * ROWS; i += gridDim.x) {
+    read_chunks(c, i % c.heads, i / c.heads, fixed, room);
+    __syncthreads();
+  }
+}
+
+// Add x̂ to the open chunk's sum, or begin a new one.
 struct ChunkExtend {
   const num* state_Bd;
   int width;
@@ -137,17 +163,18 @@ struct ChunkExtend {
   float* sum_Bd;
 };
 
-extern "C" __global__ void __launch_bounds__(256) chunk_extend(ChunkExtend c) {
-  __shared__ float scratch[32];
-  const int b = blockIdx.x;
-  await();
-  allow_next();
-  const num* state = c.state_Bd + (long long)b * c.width;
-  float* sum = c.sum_Bd + (long long)b * c.width;
-  float square = 0.f;
-  for (int k = threadIdx.x; k < c.width; k += blockDim.x) square += read(state + k) * read(state + k);
-  const float inverse = rsqrtf(block_sum(square, scratch) / c.width + c.eps);
-  const float kept = (float)__ldcg(c.kept_B + b);
-  for (int k = threadIdx.x; k < c.width; k += blockDim.x)
-    sum[k] = rounded(read(state + k) * inverse) + __ldcg(sum + k) * kept;
+__device__ __forceinline__ void chunk_extend(const ChunkExtend& c, Team& team, Fixed& fixed) {
+  await(team);
+  for (int b = blockIdx.x; b < ROWS; b += gridDim.x) {
+    const num* state = c.state_Bd + (long long)b * c.width;
+    float* sum = c.sum_Bd + (long long)b * c.width;
+    float square = 0.f;
+#pragma unroll 4
+    for (int k = threadIdx.x; k < c.width; k += THREADS) square += read(state + k) * read(state + k);
+    const float inverse = rsqrtf(block_sum(square, fixed.scratch) / c.width + c.eps);
+    const float kept = (float)__ldcg(c.kept_B + b);
+#pragma unroll 4
+    for (int k = threadIdx.x; k < c.width; k += THREADS)
+      sum[k] = rounded(read(state + k) * inverse) + __ldcg(sum + k) * kept;
+  }
 }

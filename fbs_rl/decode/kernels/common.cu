@@ -3,7 +3,7 @@
 // Compiled at run time with: ROWS (batch rows), BF16 (1: bfloat16 model, 0: float32), HEAD_DIM, QUERY_GROUP
 // (query heads a key head), OUT_ROWS (output rows that a warp works on at once).
 //
-// Every kernel takes one struct by value; its fields are named in fbs_rl/decode/kernel_arguments.py.
+// Every call of a program has one struct of arguments; fbs_rl/decode/kernel_arguments.py reads their fields here.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -19,10 +19,9 @@ typedef float num;
 // LANE_NUMS: numbers in the 16 bytes that a lane loads at once.
 
 #define WARP 32
+#define WARPS 8  // of a block
+#define THREADS (WARP * WARPS)
 
-#ifndef EMULATED
-extern __shared__ __align__(16) unsigned char shared[];  // as much as the launch asks for
-#endif
 #define MINUS_INFINITY (__int_as_float(0xff800000))
 
 #if BF16
@@ -39,6 +38,7 @@ __device__ __forceinline__ num narrow(float x) { return x; }
 #endif
 __device__ __forceinline__ float rounded(float x) { return widen(narrow(x)); }
 
+// What lies in a lane's 16 bytes, and back.
 __device__ __forceinline__ void unpack(const uint4& v, float* out) {
 #if BF16
   const u32 w[4] = {v.x, v.y, v.z, v.w};
@@ -55,24 +55,56 @@ __device__ __forceinline__ void unpack(const uint4& v, float* out) {
 #endif
 }
 
-// --- launch order -------------------------------------------------------------------------------------
-// A kernel starts while the one before it still runs (programmatic dependent launch), so that it can load
-// weights early. It must await() before it reads what a kernel before it wrote, and every block must await(),
-// or the kernel after it would not know that all is done. allow_next() comes after await(): then whatever
-// was written two kernels back is visible to a kernel from its first instruction. A kernel that streams weights
-// calls it when it has asked for its last ones, so that the next one's early loads fill the gap between them.
+__device__ __forceinline__ uint4 pack(const float* v) {
+#if BF16
+  u32 w[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w[i] = (u32)narrow(v[2 * i]) | (u32)narrow(v[2 * i + 1]) << 16;
+  return make_uint4(w[0], w[1], w[2], w[3]);
+#else
+  return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+#endif
+}
+
+// --- order within a program ---------------------------------------------------------------------------
+// A step is one launch: a program of calls that all blocks walk through together, one block a multiprocessor.
+// After a call that others may depend on, a block arrives; before it reads what others wrote, it awaits the
+// arrival of all. In between it may load what never changes, and does: the next product's weights above all.
+
+struct Team {
+  u32* arrived;  // arrivals of all blocks, ever
+  u32 epoch;     // of this block
+  bool pending;  // it has arrived and not yet awaited the others
+  const int* known_B;  // flags that were read last, and whether some row runs
+  bool known;
+};
 
 #ifdef EMULATED
-__device__ __forceinline__ void await() {}
-__device__ __forceinline__ void allow_next() {}
+__device__ __forceinline__ void signal(u32* arrived) { ++*arrived; }
+__device__ __forceinline__ void wait_for(u32* arrived, u32 count) {
+  while ((int)(*arrived - count) < 0) yield_at(AT_GRID);
+}
+__device__ __forceinline__ int count_one(int* counter) { return (*counter)++; }
+__device__ __forceinline__ void bring_near(const void*, u32) {}
 __device__ __forceinline__ void make_barrier(u64*) {}
 __device__ __forceinline__ void show_barriers() {}
 __device__ __forceinline__ void expect_bytes(u64*, u32) {}
 __device__ __forceinline__ void copy_ahead(void* to, const void* from, u32 bytes, u64*) { memcpy(to, from, bytes); }
 __device__ __forceinline__ void wait_barrier(u64*, int) { __syncwarp(); }
 #else
-__device__ __forceinline__ void await() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void allow_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void signal(u32* arrived) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+}
+__device__ __forceinline__ void wait_for(u32* arrived, u32 count) {
+  u32 seen;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
+  while ((int)(seen - count) < 0);
+}
+__device__ __forceinline__ int count_one(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 
 // Copies by the copy engine, and the barriers that tell when all bytes of a slot are there.
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -85,10 +117,18 @@ __device__ __forceinline__ void expect_bytes(u64* barrier, u32 bytes) {
                : "memory");
 }
 __device__ __forceinline__ void copy_ahead(void* to, const void* from, u32 bytes, u64* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
+  // Read once a step: what is read more often stays in the second cache.
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+// Into the second cache.
+__device__ __forceinline__ void bring_near(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void wait_barrier(u64* barrier, int parity) {
   asm volatile(
@@ -98,7 +138,21 @@ __device__ __forceinline__ void wait_barrier(u64* barrier, int parity) {
 }
 #endif
 
-// What other kernels write is read past the first cache (__ldcg): with overlapping kernels it may hold old lines.
+// By all threads of the block, behind a __syncthreads().
+__device__ __forceinline__ void arrive(Team& team) {
+  ++team.epoch;
+  team.pending = true;
+  if (threadIdx.x == 0) signal(team.arrived);
+}
+
+__device__ __forceinline__ void await(Team& team) {
+  if (!team.pending) return;
+  team.pending = false;
+  if (threadIdx.x == 0) wait_for(team.arrived, team.epoch * gridDim.x);
+  __syncthreads();
+}
+
+// What other blocks write is read past the first cache (__ldcg), which may hold old lines.
 __device__ __forceinline__ float read(const num* p) { return widen(__ldcg(p)); }
 
 // --- reductions ---------------------------------------------------------------------------------------
@@ -121,23 +175,20 @@ __device__ __forceinline__ float block_sum(float v, float* scratch) {
   if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = v;
   __syncthreads();
   float total = 0.f;
-  for (int w = 0; w < (int)(blockDim.x / WARP); ++w) total += scratch[w];
+  for (int w = 0; w < WARPS; ++w) total += scratch[w];
   __syncthreads();
   return total;
 }
 
 // True in all threads of the last block that gets here; what the others wrote before is then visible to it.
 __device__ __forceinline__ bool arrive_last(int* counter, int blocks, int* scratch) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    *scratch = atomicAdd(counter, 1) == blocks - 1;
+    *scratch = count_one(counter) == blocks - 1;
     if (*scratch) *counter = 0;  // for the next step
   }
   __syncthreads();
-  bool last = *scratch;
-  if (last) __threadfence();
-  return last;
+  return *scratch;
 }
 
 // --- who skips ----------------------------------------------------------------------------------------
@@ -153,4 +204,34 @@ __device__ __forceinline__ bool any_runs(const int* skip_B) {
   return runs;
 }
 
+// Flags have changed.
+__device__ __forceinline__ void forget(Team& team) {
+  team.known_B = nullptr;
+  team.known = true;  // null flags: nobody may skip
+}
+
+// The same, read once for the calls of a layer.
+__device__ __forceinline__ bool layer_runs(const int* skip_B, Team& team) {
+  if (skip_B != team.known_B) {
+    team.known_B = skip_B;
+    team.known = any_runs(skip_B);
+  }
+  return team.known;
+}
+
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
+
+// --- a block ------------------------------------------------------------------------------------------
+
+// Its shared memory: Fixed, then each warp's ring of weights, then room for the call that runs.
+struct Fixed {
+  float scratch[32];
+  float sums[32][4];
+  float values[32];
+  int indices[32];
+  float prob_B[16];
+  float tau_B[16];
+  u32 seed_B2[32];
+  int position_B[16];
+  int counts[4];
+};

@@ -1,4 +1,5 @@
-// The Skip-Gate's decision for all rows, by one block: motion, features, probability, who skips (SPEC 4).
+// The Skip-Gate's decision for all rows: motion, features, probability, who skips (SPEC 4). Every block decides by
+// itself, from the same numbers in the same order, so that none has to wait for another.
 
 struct Decision {
   const num* front;  // what the front product made of this token, one row a batch row
@@ -54,29 +55,34 @@ __device__ __forceinline__ float gate_noise(u32 low, u32 high, u32 position, u32
 
 // Motion of the rows that ran the layer in front (δ, cos), one or more warps a row; the others keep theirs.
 __device__ __forceinline__ void note_motion(const num* before_Bd, const num* after_Bd, const int* left_skip_B,
-                                            int width, float* motion_B2, float (*scratch)[4]) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-  const int each = max(1, warps / ROWS), at_once = warps / each;
+                                            int width, float* motion_B2, float (*sums)[4]) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  const int each = max(1, WARPS / ROWS), at_once = WARPS / each;
   for (int b0 = 0; b0 < ROWS; b0 += at_once) {
     const int b = b0 + warp / each;
     const bool mine = b < ROWS && warp / each < at_once;
     float sum[4] = {};
     if (mine)
-#pragma unroll 5
-      for (int k = warp % each * WARP + lane; k < width; k += each * WARP) {
-        const float old = read(before_Bd + b * width + k), now = read(after_Bd + b * width + k);
-        sum[0] += (now - old) * (now - old);
-        sum[1] += now * old;
-        sum[2] += old * old;
-        sum[3] += now * now;
+#pragma unroll 2
+      for (int k = warp % each * WARP + lane; k < width / LANE_NUMS; k += each * WARP) {
+        float old[LANE_NUMS], now[LANE_NUMS];
+        unpack(__ldcg((const uint4*)(before_Bd + (long long)b * width) + k), old);
+        unpack(__ldcg((const uint4*)(after_Bd + (long long)b * width) + k), now);
+#pragma unroll
+        for (int i = 0; i < LANE_NUMS; ++i) {
+          sum[0] += (now[i] - old[i]) * (now[i] - old[i]);
+          sum[1] += now[i] * old[i];
+          sum[2] += old[i] * old[i];
+          sum[3] += now[i] * now[i];
+        }
       }
     for (int i = 0; i < 4; ++i) sum[i] = warp_sum(sum[i]);
     if (lane == 0)
-      for (int i = 0; i < 4; ++i) scratch[warp][i] = sum[i];
+      for (int i = 0; i < 4; ++i) sums[warp][i] = sum[i];
     __syncthreads();
     if (mine && warp % each == 0 && lane == 0 && !skips(left_skip_B, b)) {
       for (int w = 1; w < each; ++w)
-        for (int i = 0; i < 4; ++i) sum[i] += scratch[warp + w][i];
+        for (int i = 0; i < 4; ++i) sum[i] += sums[warp + w][i];
       const float old = fmaxf(sqrtf(sum[2]), 1e-10f), now = fmaxf(sqrtf(sum[3]), 1e-10f);
       motion_B2[2 * b] = sqrtf(sum[0]) / old;
       motion_B2[2 * b + 1] = sum[1] / now / old;
@@ -91,113 +97,172 @@ __device__ __forceinline__ int feature_count(const Decision& d) {
   return (d.reduce_width ? d.reduce_width + 2 : 0) + (d.preview_width ? d.preview_width + 1 : 0);
 }
 
-// The gate's weights in shared memory, brought before the front product is done.
-struct GateWeights {
+// The gate's weights and inputs in shared memory; the weights come before the front product is done.
+struct GateRoom {
   num *preview, *hidden, *hidden_bias, *out, *reduce_norm;
   float out_bias;
+  float* feature;  // [WARPS, MOST_FEATURES], a line for each row of a round
+  float* pooled;   // [WARPS, pooled_width]
 };
 
-__device__ __forceinline__ num* bring(const num* from, int count, num* to) {
-#pragma unroll 8
-  for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+// fbs_rl.decode.module_calls.gate_bytes counts what this takes.
+__device__ __forceinline__ num* bring(const num* from, int count, num*& free) {
+  num* to = free;
+  const bool whole = ((unsigned long long)from & 15) == 0;
+  const int parts = whole ? count / LANE_NUMS : 0;
+#pragma unroll 4
+  for (int k = threadIdx.x; k < parts; k += THREADS) ((uint4*)to)[k] = ((const uint4*)from)[k];
+  for (int i = parts * LANE_NUMS + threadIdx.x; i < count; i += THREADS) to[i] = from[i];
+  free += (count + LANE_NUMS - 1) / LANE_NUMS * LANE_NUMS;
   return to;
 }
 
-__device__ __forceinline__ GateWeights bring_gate(const Decision& d) {
-  GateWeights w;
-  w.hidden = bring(d.hidden, d.hidden_width * feature_count(d), (num*)shared);
-  w.preview = bring(d.preview, d.preview_width * d.pooled_width, w.hidden + d.hidden_width * feature_count(d));
-  w.hidden_bias = bring(d.hidden_bias, d.hidden_width, w.preview + d.preview_width * d.pooled_width);
-  w.out = bring(d.out, d.hidden_width, w.hidden_bias + d.hidden_width);
-  w.reduce_norm = bring(d.reduce_norm, d.reduce_width, w.out + d.hidden_width);
-  w.out_bias = widen(d.out_bias[0]);
-  return w;
+__device__ __forceinline__ GateRoom bring_gate(const Decision& d, unsigned char* room) {
+  GateRoom g;
+  g.feature = (float*)room;
+  g.pooled = g.feature + WARPS * MOST_FEATURES;
+  num* free = (num*)(g.pooled + WARPS * ((d.pooled_width + 3) / 4 * 4));
+  g.hidden = bring(d.hidden, d.hidden_width * feature_count(d), free);
+  g.preview = bring(d.preview, d.preview_width * d.pooled_width, free);
+  g.hidden_bias = bring(d.hidden_bias, d.hidden_width, free);
+  g.out = bring(d.out, d.hidden_width, free);
+  g.reduce_norm = bring(d.reduce_norm, d.reduce_width, free);
+  g.out_bias = widen(d.out_bias[0]);
+  return g;
 }
 
-// g of one row: [RMSNorm(W_1 x̂); δ; cos; W_2 ṽ; H₁].
-__device__ __forceinline__ void gather_features(const Decision& d, const GateWeights& w, int b, float* g) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-  int at = 0;
-  if (d.reduce_width) {
-    if (warp == 0) {
-      const num* reduced = d.front + b * d.front_stride + d.reduce_at;
-      float square = 0.f;
-      for (int i = lane; i < d.reduce_width; i += WARP) {
-        g[i] = read(reduced + i);
-        square += g[i] * g[i];
-      }
-      const float inverse = rsqrtf(warp_sum(square) / d.reduce_width + d.eps);
-      for (int i = lane; i < d.reduce_width; i += WARP)
-        g[i] = rounded(g[i] * inverse * widen(w.reduce_norm[i]));
-    }
-    at = d.reduce_width + 2;
-    if (threadIdx.x < 2) g[d.reduce_width + threadIdx.x] = __ldcg(d.motion_B2 + 2 * b + threadIdx.x);
-  }
-  for (int j = warp; j < d.preview_width; j += warps) {
+// use(j, W[j]·x) for every output j, by `team` threads (whole warps), of which this is number `me`; several a row of W.
+template <class Use>
+__device__ __forceinline__ void small_product(const num* weight, int outputs, int columns, const float* x, int me, int team,
+                                              Use use) {
+  int lanes = 1;
+  while (lanes < WARP && lanes * 2 * outputs <= team) lanes *= 2;
+  for (int first = 0; first < outputs; first += team / lanes) {
+    const int j = first + me / lanes;
     float sum = 0.f;
-    for (int i = lane; i < d.pooled_width; i += WARP)
-      sum += widen(w.preview[j * d.pooled_width + i]) * read(d.pooled_B + b * d.pooled_width + i);
-    sum = warp_sum(sum);
-    if (lane == 0) g[at + j] = rounded(sum);
+    if (j < outputs)
+#pragma unroll 4
+      for (int i = me % lanes; i < columns; i += lanes) sum += widen(weight[j * columns + i]) * x[i];
+    for (int d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    if (j < outputs && me % lanes == 0) use(j, sum);
   }
-  if (d.preview_width && threadIdx.x == 0) g[at + d.preview_width] = __ldcg(d.entropy_B + b);
+}
+
+#define HELD 4  // numbers of a preview that a thread holds at once
+
+// g of one row: [RMSNorm(W_1 x̂); δ; cos; W_2 ṽ; H₁], by `team` threads. Others may pass: row < 0.
+__device__ __forceinline__ void gather_features(const Decision& d, const GateRoom& g, int b, int me, int team, float* feature,
+                                                float* pooled) {
+  const int at = d.reduce_width ? d.reduce_width + 2 : 0;
+  if (b >= 0) {
+    // All is asked for before anything is used.
+    float held[HELD], entropy = 0.f, motion = 0.f;
+    if (d.preview_width) {
+#pragma unroll
+      for (int j = 0; j < HELD; ++j) {
+        const int i = me + j * team;
+        held[j] = i < d.pooled_width ? read(d.pooled_B + b * d.pooled_width + i) : 0.f;
+      }
+      if (me == 0) entropy = __ldcg(d.entropy_B + b);
+    }
+    if (d.reduce_width && me < 2) motion = __ldcg(d.motion_B2 + 2 * b + me);
+    if (d.reduce_width)
+      for (int i = me; i < d.reduce_width; i += team) feature[i] = read(d.front + b * d.front_stride + d.reduce_at + i);
+    if (d.reduce_width && me < 2) feature[d.reduce_width + me] = motion;
+    if (d.preview_width) {
+#pragma unroll
+      for (int j = 0; j < HELD; ++j)
+        if (me + j * team < d.pooled_width) pooled[me + j * team] = held[j];
+      for (int i = me + HELD * team; i < d.pooled_width; i += team) pooled[i] = read(d.pooled_B + b * d.pooled_width + i);
+      if (me == 0) feature[at + d.preview_width] = entropy;
+    }
+  }
+  __syncthreads();
+  if (b >= 0 && d.preview_width)
+    small_product(g.preview, d.preview_width, d.pooled_width, pooled, me, team,
+                  [&](int j, float sum) { feature[at + j] = rounded(sum); });
+  if (b >= 0 && d.reduce_width && me >= team - WARP) {  // by the row's last warp
+    float square = 0.f;
+    for (int i = me % WARP; i < d.reduce_width; i += WARP) square += feature[i] * feature[i];
+    const float inverse = rsqrtf(warp_sum(square) / d.reduce_width + d.eps);
+    for (int i = me % WARP; i < d.reduce_width; i += WARP)
+      feature[i] = rounded(feature[i] * inverse * widen(g.reduce_norm[i]));
+  }
   __syncthreads();
 }
 
-// σ(clip(w·SiLU(W_3 g) + b)), in every thread.
-__device__ __forceinline__ float skip_probability(const Decision& d, const GateWeights& w, const float* g, float* scratch) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-  const int features = feature_count(d);
-  float logit = 0.f;
-  for (int j = warp; j < d.hidden_width; j += warps) {
-    float sum = 0.f;
-    for (int i = lane; i < features; i += WARP) sum += widen(w.hidden[j * features + i]) * g[i];
-    sum = warp_sum(sum) + widen(w.hidden_bias[j]);
-    if (lane == 0) logit += silu(sum) * widen(w.out[j]);
+// p = σ(clip(w·SiLU(W_3 g) + b)) of every row, one or more warps a row.
+__device__ __forceinline__ void find_probabilities(const Decision& d, const GateRoom& g, Fixed& fixed) {
+  const int warp = threadIdx.x / WARP;
+  const int each = max(1, WARPS / ROWS), at_once = WARPS / each, team = each * WARP;
+  for (int b0 = 0; b0 < ROWS; b0 += at_once) {
+    const int place = warp / each, me = threadIdx.x % team;
+    const int b = place < at_once && b0 + place < ROWS ? b0 + place : -1;
+    float* feature = g.feature + place * MOST_FEATURES;
+    gather_features(d, g, b, me, team, feature, g.pooled + place * ((d.pooled_width + 3) / 4 * 4));
+    float logit = 0.f;
+    if (b >= 0)
+      small_product(g.hidden, d.hidden_width, feature_count(d), feature, me, team, [&](int j, float sum) {
+        logit += silu(sum + widen(g.hidden_bias[j])) * widen(g.out[j]);
+      });
+    logit = warp_sum(logit);
+    if (me % WARP == 0) fixed.scratch[warp] = logit;
+    __syncthreads();
+    if (b >= 0 && me == 0) {
+      logit = g.out_bias;
+      for (int w = warp; w < warp + each; ++w) logit += fixed.scratch[w];
+      fixed.prob_B[b] = 1.f / (1.f + expf(-fminf(fmaxf(logit, -d.clip), d.clip)));
+    }
+    __syncthreads();
   }
-  logit = block_sum(logit, scratch) + w.out_bias;
-  return 1.f / (1.f + expf(-fminf(fmaxf(logit, -d.clip), d.clip)));
 }
 
-__device__ __forceinline__ bool wants_skip(const Decision& d, int b, const float* prob_B) {
-  if (d.sampled) {
-    const u32 position = (u32)__ldcg(d.position_B + b);
-    return gate_noise(__ldcg(d.seed_B2 + 2 * b), __ldcg(d.seed_B2 + 2 * b + 1), position, (u32)d.leader) < prob_B[b];
-  }
-  if (!d.consensus) return prob_B[b] >= __ldcg(d.tau_B + b);
+// What decisions are compared with; it stays as it is for a step.
+__device__ __forceinline__ void bring_bars(const Decision& d, Fixed& fixed) {
+  const int b = threadIdx.x;
+  if (b >= ROWS) return;
+  fixed.tau_B[b] = __ldcg(d.tau_B + b);
+  fixed.seed_B2[2 * b] = __ldcg(d.seed_B2 + 2 * b);
+  fixed.seed_B2[2 * b + 1] = __ldcg(d.seed_B2 + 2 * b + 1);
+  fixed.position_B[b] = __ldcg(d.position_B + b);
+}
+
+__device__ __forceinline__ bool wants_skip(const Decision& d, int b, const Fixed& f) {
+  if (d.sampled)
+    return gate_noise(f.seed_B2[2 * b], f.seed_B2[2 * b + 1], (u32)f.position_B[b], (u32)d.leader) < f.prob_B[b];
+  if (!d.consensus) return f.prob_B[b] >= f.tau_B[b];
   float prob = 0.f, bar = 0.f;
   for (int i = 0; i < ROWS; ++i) {
-    prob += prob_B[i];
-    bar += __ldcg(d.tau_B + i);
+    prob += f.prob_B[i];
+    bar += f.tau_B[i];
   }
   return prob / ROWS >= bar / ROWS;
 }
 
-extern "C" __global__ void __launch_bounds__(256) decide(Decision d) {
-  __shared__ float g[MOST_FEATURES], scratch[32], partial[32][4], prob_B[ROWS];
-  const GateWeights w = bring_gate(d);
+__device__ __forceinline__ void decide(const Decision& d, Team& team, Fixed& fixed, unsigned char* room) {
+  const GateRoom g = bring_gate(d, room);
   const int step = __ldcg(d.step);
-  // What the layer in front left is visible already: it finished before the front product did.
-  if (d.before_Bd) note_motion(d.before_Bd, d.after_Bd, d.left_skip_B, d.width, d.motion_B2, partial);
+  bring_bars(d, fixed);
+  // What the layer in front left is visible already: that was awaited before the front product.
+  if (d.before_Bd) note_motion(d.before_Bd, d.after_Bd, d.left_skip_B, d.width, d.motion_B2, fixed.sums);
+  await(team);
   __syncthreads();
-  await();
-  allow_next();
-  for (int b = 0; b < ROWS; ++b) {
-    gather_features(d, w, b, g);
-    const float prob = skip_probability(d, w, g, scratch);
-    if (threadIdx.x == 0) prob_B[b] = prob;
-    __syncthreads();
-  }
-  for (int i = threadIdx.x; i < d.members * ROWS; i += blockDim.x) {
+  find_probabilities(d, g, fixed);
+  for (int i = threadIdx.x; i < d.members * ROWS; i += THREADS) {
     const int member = i / ROWS, b = i % ROWS, layer = d.leader + member;
     if (!(d.free_mask >> member & 1)) continue;
-    const bool skip = wants_skip(d, b, prob_B);
+    const bool skip = wants_skip(d, b, fixed);
     d.skip_LB[layer * ROWS + b] = skip;
-    if (step >= d.trace_steps) continue;
+    if (blockIdx.x || step >= d.trace_steps) continue;
     const long long at = ((long long)step * d.layers + layer) * ROWS + b;
-    d.prob_trace[at] = prob_B[b];
+    d.prob_trace[at] = fixed.prob_B[b];
     d.skip_trace[at] = skip;
   }
+  forget(team);
+  if (!(d.free_mask & 1)) return;
+  team.known_B = d.skip_LB + d.leader * ROWS;
+  team.known = false;
+  for (int b = 0; b < ROWS; ++b) team.known |= !wants_skip(d, b, fixed);
 }
 
 // Motion after a layer whose successor asks no gate.
@@ -209,9 +274,7 @@ struct Move {
   float* motion_B2;
 };
 
-extern "C" __global__ void __launch_bounds__(256) move(Move m) {
-  __shared__ float partial[32][4];
-  await();
-  allow_next();
-  note_motion(m.before_Bd, m.after_Bd, m.left_skip_B, m.width, m.motion_B2, partial);
+__device__ __forceinline__ void move(const Move& m, Team& team, Fixed& fixed) {
+  await(team);
+  note_motion(m.before_Bd, m.after_Bd, m.left_skip_B, m.width, m.motion_B2, fixed.sums);
 }

@@ -4,6 +4,12 @@ struct Shortlist {
   const float* score_BN;
   int count;  // N
   int wanted; // M
+  const float* best;  // of each block of the scores' product, [offers, ROWS]
+  int offers;
+  u32* key_BF;  // scores that may be among the highest, in no order: FOUND_KEYS a row
+  int* place_BF;
+  int* found_B;    // how many, zero between steps
+  int* arrived_B;
   int* index_BM;
 };
 
@@ -13,85 +19,114 @@ __device__ __forceinline__ u32 order_key(float v) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-__device__ __forceinline__ int warp_total(int v) {
-#pragma unroll
-  for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
-  return v;
-}
+#define FOUND_KEYS 1024  // that are compared with each other
 
-// Sum of v over the threads in front of this one.
-__device__ __forceinline__ int block_scan(int v, int* scratch) {
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  int upto = v;
-#pragma unroll
-  for (int d = 1; d < WARP; d <<= 1) {
-    const int other = __shfl_up_sync(0xffffffffu, upto, d);
-    if (lane >= d) upto += other;
+// The `wanted`-th largest of THREADS keys, one a thread; 0 if there are fewer. keys: room for them.
+__device__ __forceinline__ u32 nth_largest(u32 key, int wanted, u32* keys, int* answer) {
+  keys[threadIdx.x] = key;
+  if (threadIdx.x == 0) *answer = 0;
+  __syncthreads();
+  int above = 0, level = 0;
+#pragma unroll 8
+  for (int i = 0; i < THREADS; ++i) {
+    above += keys[i] > key;
+    level += keys[i] == key;
   }
+  if (above < wanted && wanted <= above + level) *answer = (int)key;  // the same from all that are level
   __syncthreads();
-  if (lane == WARP - 1) scratch[warp] = upto;
-  __syncthreads();
-  for (int w = 0; w < warp; ++w) upto += scratch[w];
-  return upto - v;
+  return wanted > THREADS ? 0 : (u32)*answer;
 }
 
-#define HELD_KEYS 32  // of a thread
+// Of this block's share of the keys those that are at least `least`, to what other blocks find.
+__device__ __forceinline__ void offer_keys(const Shortlist& s, int b, const float* score_N, u32 least) {
+  const int from = (int)((long long)s.count * blockIdx.x / gridDim.x);
+  const int end = (int)((long long)s.count * (blockIdx.x + 1) / gridDim.x);
+  for (int i = from + threadIdx.x; i < end; i += THREADS) {
+    const u32 k = order_key(__ldcg(score_N + i));
+    if (k < least) continue;
+    const int place = atomicAdd(s.found_B + b, 1);
+    if (place >= FOUND_KEYS) continue;
+    s.key_BF[b * FOUND_KEYS + place] = k;
+    s.place_BF[b * FOUND_KEYS + place] = i;
+  }
+}
 
-// The largest t such that at least `wanted` keys are >= t, bit by bit from the top.
-__device__ __forceinline__ u32 find_threshold(const u32* key, int wanted, int* counts) {
+// How many keys are at least `least`.
+__device__ __forceinline__ int count_keys(const Shortlist& s, const float* score_N, u32 least, float* scratch) {
+  int reach = 0;
+  for (int i = threadIdx.x; i < s.count; i += THREADS) reach += order_key(__ldcg(score_N + i)) >= least;
+  return (int)block_sum((float)reach, scratch);  // exact below 2^24
+}
+
+// The largest key such that at least `wanted` are no smaller, bit by bit: slow, for scores that are much alike.
+__device__ __forceinline__ u32 find_threshold(const Shortlist& s, const float* score_N, float* scratch) {
   u32 threshold = 0;
-  for (int bit = 31; bit >= 0; --bit) {
-    const u32 tried = threshold | 1u << bit;
-    int reach = 0;
-#pragma unroll
-    for (int j = 0; j < HELD_KEYS; ++j) reach += key[j] >= tried;
-    reach = warp_total(reach);
-    if (threadIdx.x % WARP == 0) atomicAdd(counts + bit, reach);
-    __syncthreads();
-    if (counts[bit] >= wanted) threshold = tried;
-    if (counts[bit] == wanted) break;
-  }
+  for (int bit = 31; bit >= 0; --bit)
+    if (count_keys(s, score_N, threshold | 1u << bit, scratch) >= s.wanted) threshold |= 1u << bit;
   return threshold;
 }
 
-// The places of the `wanted` highest keys, in a fixed order; of equal ones the first seen stay.
-__device__ __forceinline__ void write_highest(const u32* key, u32 threshold, int wanted, int* index_M, int* scratch) {
-  int above = 0, level = 0;
-#pragma unroll
-  for (int j = 0; j < HELD_KEYS; ++j) {
-    above += key[j] > threshold;
-    level += key[j] == threshold;
+// The first of the keys that are above `bound` (level 0) or equal it (level 1), in order, up to `wanted` in all.
+__device__ __forceinline__ int collect(const Shortlist& s, const float* score_N, u32 bound, int level, int placed, u32* key,
+                                       int* index) {
+  int* flag = index + FOUND_KEYS;
+  for (int from = 0; from < s.count && placed < s.wanted; from += THREADS) {
+    const int i = from + threadIdx.x;
+    const u32 k = i < s.count ? order_key(__ldcg(score_N + i)) : 0;
+    flag[threadIdx.x] = i < s.count && (level ? k == bound : k > bound);
+    __syncthreads();
+    int before = placed, all = 0;
+    for (int j = 0; j < THREADS; ++j) {
+      before += j < (int)threadIdx.x && flag[j];
+      all += flag[j];
+    }
+    if (flag[threadIdx.x] && before < s.wanted) {
+      key[before] = k;
+      index[before] = i;
+    }
+    placed = min(placed + all, s.wanted);
+    __syncthreads();
   }
-  int place = block_scan(above, scratch);
-  int level_place = block_scan(level, scratch);
-  __syncthreads();
-  if (threadIdx.x == blockDim.x - 1) scratch[0] = place + above;
-  __syncthreads();
-  level_place += scratch[0];
-#pragma unroll
-  for (int j = 0; j < HELD_KEYS; ++j) {
-    const int i = j * blockDim.x + threadIdx.x;
-    if (key[j] > threshold) index_M[place++] = i;
-    if (key[j] == threshold && level_place < wanted) index_M[level_place++] = i;
-  }
+  return placed;
 }
 
-// One block a row.
-extern "C" __global__ void __launch_bounds__(1024) shortlist(Shortlist s) {
-  __shared__ int counts[32], scratch[32];
-  const float* score_N = s.score_BN + (long long)blockIdx.x * s.count;
-  if (threadIdx.x < 32) counts[threadIdx.x] = 0;
-  await();
-  allow_next();
-  u32 key[HELD_KEYS];
-#pragma unroll
-  for (int j = 0; j < HELD_KEYS; ++j) {
-    const int i = j * blockDim.x + threadIdx.x;
-    key[j] = i < s.count ? order_key(__ldcg(score_N + i)) : 0;  // below every number
-  }
+// What all blocks have found, by the last of them; the slow way if that was too much.
+__device__ __forceinline__ int take_found(const Shortlist& s, int b, const float* score_N, Fixed& fixed, u32* key, int* index) {
+  const int found = __ldcg(s.found_B + b);
   __syncthreads();
-  const u32 threshold = find_threshold(key, s.wanted, counts);
-  write_highest(key, threshold, s.wanted, s.index_BM + blockIdx.x * s.wanted, scratch);
+  if (threadIdx.x == 0) s.found_B[b] = 0;  // for the next step
+  if (found <= FOUND_KEYS) {
+    for (int i = threadIdx.x; i < found; i += THREADS) {
+      key[i] = __ldcg(s.key_BF + b * FOUND_KEYS + i);
+      index[i] = __ldcg(s.place_BF + b * FOUND_KEYS + i);
+    }
+    __syncthreads();
+    return found;
+  }
+  const u32 bound = find_threshold(s, score_N, fixed.scratch);
+  return collect(s, score_N, bound, 1, collect(s, score_N, bound, 0, 0, key, index), key, index);
+}
+
+// The places of the highest scores of each row, the best first; of equal ones the lower place. At least `wanted` of
+// the blocks' best are among the best, so the `wanted`-th best of those is a bound that few keys reach.
+__device__ __forceinline__ void shortlist(const Shortlist& s, Team& team, Fixed& fixed, unsigned char* room) {
+  u32* key = (u32*)room;
+  int* index = (int*)(key + FOUND_KEYS);
+  await(team);
+  for (int b = 0; b < ROWS; ++b) {
+    const float* score_N = s.score_BN + (long long)b * s.count;
+    const u32 best = (int)threadIdx.x < s.offers ? order_key(__ldcg(s.best + threadIdx.x * ROWS + b)) : 0;
+    offer_keys(s, b, score_N, nth_largest(best, s.wanted, key, fixed.counts));
+    if (arrive_last(s.arrived_B + b, gridDim.x, fixed.counts)) {
+      const int found = take_found(s, b, score_N, fixed, key, index);
+      for (int i = threadIdx.x; i < found; i += THREADS) {
+        int before = 0;
+        for (int j = 0; j < found; ++j) before += key[j] > key[i] || (key[j] == key[i] && index[j] < index[i]);
+        if (before < s.wanted) s.index_BM[b * s.wanted + before] = index[i];
+      }
+    }
+    __syncthreads();
+  }
 }
 
 struct Look {
@@ -108,16 +143,20 @@ struct Look {
   long long query_stride;
   const int* index_BM;
   const num* table_NR;
-  int early;  // the shortlist was there before the kernel in front began
+  int early;  // the shortlist was there before the call in front
   int horizons, candidates, rank;
   const num* mix;  // [rank, 16, 3]; null: a plain mean
   const num* mix_bias;
+  float* mixed_BKR;
+  int* arrived_B;
   num* pooled_BR;
   float* entropy_B;
 };
 
 #define CONV_GROUP 16
-#define HORIZONS_AT_ONCE 4
+#define MOST_HORIZONS 64
+#define SEEN 3  // horizons that the convolution joins
+#define TAP_PARTS (CONV_GROUP * SEEN / LANE_NUMS)
 
 // ŵ, in all lanes of a warp.
 __device__ __forceinline__ float predict_window(const Look& l, int b) {
@@ -137,145 +176,140 @@ __device__ __forceinline__ float inclusion(const Look& l, float window, int h) {
   return 1.f / (1.f + expf(-margin / l.temperature));
 }
 
-// scores[h][m] = q_h · E_m, rounded; entries of the table lie `pitch` apart.
-__device__ __forceinline__ void score_candidates(const Look& l, const float* query, const float* table, int pitch,
-                                                 float* score) {
-  const int bands = (l.horizons + HORIZONS_AT_ONCE - 1) / HORIZONS_AT_ONCE;
-  for (int i = threadIdx.x; i < bands * l.candidates; i += blockDim.x) {
-    const int m = i % l.candidates, h0 = i / l.candidates * HORIZONS_AT_ONCE;
-    float sum[HORIZONS_AT_ONCE] = {};
+// One block's shared memory: of up to SEEN horizons, the first of them `low`.
+struct LookRoom {
+  float* table;   // [M, pitch]
+  float* query;   // [SEEN, R]
+  float* value;   // [SEEN, R]
+  float* score;   // [SEEN, M]
+  float* weight;  // [K], of all horizons
+  int pitch, low, seen;
+};
+
+// The candidates' embeddings into the table, whole 16 bytes at a time.
+__device__ __forceinline__ void gather(const Look& l, int b, const LookRoom& m) {
+  const int parts = l.rank / LANE_NUMS;
+#pragma unroll 4
+  for (int k = threadIdx.x; k < l.candidates * parts; k += THREADS) {
+    const int c = k / parts, part = k % parts * LANE_NUMS;
+    const long long row = __ldcg(l.index_BM + b * l.candidates + c);
+    unpack(*(const uint4*)(l.table_NR + row * l.rank + part), m.table + c * m.pitch + part);
+  }
+}
+
+// score[h][m] = q_h · E_m, rounded.
+__device__ __forceinline__ void score_candidates(const Look& l, const LookRoom& m) {
+  for (int i = threadIdx.x; i < m.seen * l.candidates; i += THREADS) {
+    const int h = i / l.candidates, c = i % l.candidates;
+    float sum[2] = {};
     for (int r = 0; r < l.rank; r += 4) {
-      const float4 e = *(const float4*)(table + m * pitch + r);
-#pragma unroll
-      for (int j = 0; j < HORIZONS_AT_ONCE; ++j) {
-        const float4 q = *(const float4*)(query + min(h0 + j, l.horizons - 1) * l.rank + r);
-        sum[j] += q.x * e.x + q.y * e.y + q.z * e.z + q.w * e.w;
-      }
+      const float4 e = *(const float4*)(m.table + c * m.pitch + r), q = *(const float4*)(m.query + h * l.rank + r);
+      sum[0] += q.x * e.x + q.y * e.y;
+      sum[1] += q.z * e.z + q.w * e.w;
     }
-    for (int j = 0; j < HORIZONS_AT_ONCE && h0 + j < l.horizons; ++j)
-      score[(h0 + j) * l.candidates + m] = rounded(sum[j]);
+    m.score[i] = rounded(sum[0] + sum[1]);
   }
 }
 
 // Softmax of each horizon's scores, in place and rounded; the first one's entropy.
-__device__ __forceinline__ void normalise(const Look& l, int b, float* score) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  for (int h = warp; h < l.horizons; h += blockDim.x / WARP) {
-    float top = MINUS_INFINITY, total = 0.f, entropy = 0.f;
-    for (int m = lane; m < l.candidates; m += WARP) top = fmaxf(top, score[h * l.candidates + m]);
-    top = warp_max(top);
-    for (int m = lane; m < l.candidates; m += WARP) total += expf(score[h * l.candidates + m] - top);
-    total = warp_sum(total);
-    for (int m = lane; m < l.candidates; m += WARP) {
-      const float prob = expf(score[h * l.candidates + m] - top) / total;
-      if (prob > 0.f) entropy -= prob * logf(prob);
-      score[h * l.candidates + m] = rounded(prob);
-    }
-    if (h == 0) {
-      entropy = warp_sum(entropy);
-      if (lane == 0) l.entropy_B[b] = entropy;
-    }
+__device__ __forceinline__ void normalise(const Look& l, int b, const LookRoom& m) {
+  const int h = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  if (h >= m.seen) return;
+  float* score = m.score + h * l.candidates;
+  float top = MINUS_INFINITY, total = 0.f, entropy = 0.f;
+  for (int c = lane; c < l.candidates; c += WARP) top = fmaxf(top, score[c]);
+  top = warp_max(top);
+  for (int c = lane; c < l.candidates; c += WARP) total += expf(score[c] - top);
+  total = warp_sum(total);
+  for (int c = lane; c < l.candidates; c += WARP) {
+    const float prob = expf(score[c] - top) / total;
+    if (prob > 0.f) entropy -= prob * logf(prob);
+    score[c] = rounded(prob);
   }
+  entropy = warp_sum(entropy);
+  if (m.low + h == 0 && lane == 0) l.entropy_B[b] = entropy;  // the same from every block that sees it
 }
 
 // value[h][r] = α_h · Σ_m prob[h][m]·E_m[r], rounded after the sum and after the weight.
-__device__ __forceinline__ void expect(const Look& l, const float* prob, const float* table, int pitch,
-                                       const float* weight, float* value) {
-  const int bands = (l.horizons + HORIZONS_AT_ONCE - 1) / HORIZONS_AT_ONCE;
-  for (int i = threadIdx.x; i < bands * l.rank; i += blockDim.x) {
-    const int r = i % l.rank, h0 = i / l.rank * HORIZONS_AT_ONCE;
-    float sum[HORIZONS_AT_ONCE] = {};
-    for (int m = 0; m < l.candidates; ++m) {
-      const float e = table[m * pitch + r];
+__device__ __forceinline__ void expect(const Look& l, const LookRoom& m) {
+  for (int i = threadIdx.x; i < m.seen * l.rank; i += THREADS) {
+    const int h = i / l.rank, r = i % l.rank;
+    float sum = 0.f;
+#pragma unroll 8
+    for (int c = 0; c < l.candidates; ++c) sum += m.score[h * l.candidates + c] * m.table[c * m.pitch + r];
+    m.value[i] = rounded(rounded(sum) * m.weight[m.low + h]);
+  }
+}
+
+// The grouped convolution's output r for horizon h, SiLU and weight included. taps: [16, 3] of this r.
+__device__ __forceinline__ float convolve(const Look& l, const LookRoom& m, int h, int r, const uint4* taps) {
+  const int group = r / CONV_GROUP * CONV_GROUP;
+  float sum = widen(l.mix_bias[r]);
 #pragma unroll
-      for (int j = 0; j < HORIZONS_AT_ONCE; ++j)
-        sum[j] += prob[min(h0 + j, l.horizons - 1) * l.candidates + m] * e;
+  for (int k = 0; k < TAP_PARTS; ++k) {
+    float tap[LANE_NUMS];
+    unpack(taps[k], tap);
+#pragma unroll
+    for (int j = 0; j < LANE_NUMS; ++j) {
+      const int i = (k * LANE_NUMS + j) / SEEN, at = h + (k * LANE_NUMS + j) % SEEN - 1 - m.low;
+      if (at >= 0 && at < m.seen) sum = fmaf(tap[j], m.value[at * l.rank + group + i], sum);
     }
-    for (int j = 0; j < HORIZONS_AT_ONCE && h0 + j < l.horizons; ++j)
-      value[(h0 + j) * l.rank + r] = rounded(rounded(sum[j]) * weight[h0 + j]);
   }
+  return rounded(rounded(silu(rounded(sum))) * m.weight[h]);
 }
 
-// The grouped convolution over horizons, SiLU and weight included. taps: [16, 3, rank].
-__device__ __forceinline__ void convolve(const Look& l, const float* value, const float* weight, const float* taps,
-                                         float* out) {
-  const int bands = (l.horizons + HORIZONS_AT_ONCE - 1) / HORIZONS_AT_ONCE;
-  for (int k = threadIdx.x; k < bands * l.rank; k += blockDim.x) {
-    const int r = k % l.rank, h0 = k / l.rank * HORIZONS_AT_ONCE, group = r / CONV_GROUP * CONV_GROUP;
-    float sum[HORIZONS_AT_ONCE];
-#pragma unroll
-    for (int j = 0; j < HORIZONS_AT_ONCE; ++j) sum[j] = widen(l.mix_bias[r]);
-    for (int i = 0; i < CONV_GROUP; ++i) {
-      float seen[HORIZONS_AT_ONCE + 2];
-#pragma unroll
-      for (int j = 0; j < HORIZONS_AT_ONCE + 2; ++j) {
-        const int h = h0 + j - 1;
-        seen[j] = h >= 0 && h < l.horizons ? value[h * l.rank + group + i] : 0.f;
-      }
-#pragma unroll
-      for (int t = 0; t < 3; ++t) {
-        const float tap = taps[(i * 3 + t) * l.rank + r];
-#pragma unroll
-        for (int j = 0; j < HORIZONS_AT_ONCE; ++j) sum[j] = fmaf(tap, seen[j + t], sum[j]);
-      }
-    }
-    for (int j = 0; j < HORIZONS_AT_ONCE && h0 + j < l.horizons; ++j)
-      out[(h0 + j) * l.rank + r] = rounded(rounded(silu(rounded(sum[j]))) * weight[h0 + j]);
-  }
-}
-
-// The candidates' embeddings into table, whole 16 bytes at a time.
-__device__ __forceinline__ void gather(const Look& l, int b, float* table, int pitch) {
-  const int parts = l.rank / LANE_NUMS;
-#pragma unroll 2
-  for (int k = threadIdx.x; k < l.candidates * parts; k += blockDim.x) {
-    const int m = k / parts, part = k % parts * LANE_NUMS;
-    const long long row = __ldcg(l.index_BM + b * l.candidates + m);
-    unpack(*(const uint4*)(l.table_NR + row * l.rank + part), table + m * pitch + part);
-  }
-}
-
-extern "C" __global__ void __launch_bounds__(512) look(Look l) {
-  __shared__ float weight[64];
-  const int b = blockIdx.x, pitch = l.rank + 4;
-  float* table = (float*)shared;                 // [M, pitch]
-  float* query = table + l.candidates * pitch;   // [K, R], later the expectations
-  float* value = query + l.horizons * l.rank;    // [K, R]
-  float* score = value + l.horizons * l.rank;    // [K, M]
-  float* taps = score + l.horizons * l.candidates;
-  if (l.mix)
-#pragma unroll 4
-    for (int i = threadIdx.x; i < l.rank * CONV_GROUP * 3; i += blockDim.x)
-      taps[i % (CONV_GROUP * 3) * l.rank + i / (CONV_GROUP * 3)] = widen(l.mix[i]);
-  if (l.early) gather(l, b, table, pitch);
-  await();
-  allow_next();
-#pragma unroll 4
-  for (int i = threadIdx.x; i < l.horizons * l.rank; i += blockDim.x)
-    query[i] = read(l.query_BKR + b * l.query_stride + i);
-  if (!l.early) gather(l, b, table, pitch);
-  if (threadIdx.x < WARP) {
-    const float window = predict_window(l, b);
-    for (int h = threadIdx.x; h < l.horizons; h += WARP) weight[h] = rounded(inclusion(l, window, h));
-  }
-  __syncthreads();
-  score_candidates(l, query, table, pitch, score);
-  __syncthreads();
-  normalise(l, b, score);
-  __syncthreads();
-  expect(l, score, table, pitch, weight, value);
-  __syncthreads();
-  if (l.mix) {
-    convolve(l, value, weight, taps, query);
-    value = query;
-    __syncthreads();
-  }
-  for (int r = threadIdx.x; r < l.rank; r += blockDim.x) {
+// Σ_h value_h / Σ_h α_h, by the block that comes last.
+__device__ __forceinline__ void pool(const Look& l, int b, const LookRoom& m) {
+  for (int r = threadIdx.x; r < l.rank; r += THREADS) {
     float sum = 0.f, total = 0.f;
-    for (int h = 0; h < l.horizons; ++h) {
-      sum += value[h * l.rank + r];
-      total += weight[h];
-    }
+#pragma unroll 16
+    for (int h = 0; h < l.horizons; ++h) sum += __ldcg(l.mixed_BKR + ((long long)b * l.horizons + h) * l.rank + r);
+    for (int h = 0; h < l.horizons; ++h) total += m.weight[h];
     l.pooled_BR[b * l.rank + r] = narrow(rounded(sum) / rounded(rounded(total) + 1e-6f));
+  }
+}
+
+// One horizon of one row, and its neighbours where the convolution needs them. The call in front is awaited here.
+__device__ __forceinline__ void look_at(const Look& l, int b, int h, Team& team, Fixed& fixed, unsigned char* room) {
+  LookRoom m;
+  m.pitch = l.rank + 4;
+  m.table = (float*)room;
+  m.query = m.table + l.candidates * m.pitch;
+  m.value = m.query + SEEN * l.rank;
+  m.score = m.value + SEEN * l.rank;
+  m.weight = m.score + SEEN * l.candidates;
+  m.low = l.mix ? max(h - 1, 0) : h;
+  m.seen = (l.mix ? min(h + 2, l.horizons) : h + 1) - m.low;
+  uint4 taps[TAP_PARTS];
+  const int r = threadIdx.x;
+  if (l.mix && r < l.rank)
+#pragma unroll
+    for (int k = 0; k < TAP_PARTS; ++k) taps[k] = ((const uint4*)(l.mix + r * CONV_GROUP * SEEN))[k];
+  if (l.early) gather(l, b, m);
+  await(team);
+#pragma unroll 2
+  for (int i = threadIdx.x; i < m.seen * l.rank; i += THREADS)
+    m.query[i] = read(l.query_BKR + b * l.query_stride + m.low * l.rank + i);
+  if (!l.early) gather(l, b, m);
+  if (threadIdx.x >= THREADS - WARP) {
+    const float window = predict_window(l, b);
+    for (int k = threadIdx.x % WARP; k < l.horizons; k += WARP) m.weight[k] = rounded(inclusion(l, window, k));
+  }
+  __syncthreads();
+  score_candidates(l, m);
+  __syncthreads();
+  normalise(l, b, m);
+  __syncthreads();
+  expect(l, m);
+  __syncthreads();
+  if (r < l.rank)
+    l.mixed_BKR[((long long)b * l.horizons + h) * l.rank + r] = l.mix ? convolve(l, m, h, r, taps) : m.value[r];
+  if (arrive_last(l.arrived_B + b, l.horizons, fixed.counts)) pool(l, b, m);
+}
+
+__device__ __forceinline__ void look(const Look& l, Team& team, Fixed& fixed, unsigned char* room) {
+  for (int i = blockIdx.x; i < l.horizons * ROWS; i += gridDim.x) {
+    look_at(l, i / l.horizons, i % l.horizons, team, fixed, room);
+    __syncthreads();
   }
 }

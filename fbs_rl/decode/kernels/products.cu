@@ -2,22 +2,29 @@
 //
 // A block holds the input rows in shared memory and has a contiguous share of the output rows. A warp takes
 // OUT_ROWS of them at a time, or one of `splits` parts of their length: a unit. The copy engine brings its
-// weights, the first of them while the kernel in front still runs (await), if the layer looks as if it ran.
-// Sums meet in shared memory, where the output stage finds them.
+// weights, the first of them long before the product's turn: as soon as the product in front has asked for its
+// last, if the layer looks as if it ran. Sums meet in shared memory, where the output stage finds them.
 
-#define PRODUCT_WARPS 8
-#define MOST_SLOTS 8
+#define MOST_SLOTS 16
 
-struct Product {
-  const num* weight[3];  // output rows come from up to three matrices, one behind the other
+// What a block needs to know to ask for a product's weights.
+struct Weights {
+  const num* matrix[3];  // output rows come from up to three matrices, one behind the other
   int rows[3];
   int columns;
+  int blocks;  // that share the output rows
   int splits;
   int chunk;  // columns of a slot
   int unit_chunks;
-  int slots;  // of a warp
+  int slots;   // of a warp
+  int paired;  // 1: the rows of two matrices in turns
   int kept_from;      // rows from here on are wanted although nobody runs the layer; -1: none are
   const int* skip_B;  // null: every row runs
+  const int* slot_B;  // place of the chunk that a row closes, -1: it closes none; null: not asked
+};
+
+struct Product {
+  Weights weights;
   const num* input;
   long long input_stride;
   const num* norm;
@@ -35,9 +42,9 @@ struct Product {
   long long down_stride;
   int adapter_rank;
   const float* prior_N;
-  float* wide_out;  // SCORED: the scores; LOGITS: the best of each block, [blocks, ROWS]
-  int* best_index;
-  const int* slot_B;  // place of the chunk that a row closes, -1: it closes none; null: not asked
+  float* wide_out;  // SCORED: the scores
+  float* best;      // SCORED, LOGITS: the best of each block, [blocks, ROWS]
+  int* best_index;  // LOGITS
   const int* size_B;
   const float* sum_Bd;
   num* ring[2];
@@ -48,70 +55,101 @@ struct Product {
 // UNIT: without weight; MEAN: sum / size.
 enum Input { PLAIN, NORMED, UNIT, PRENORMED, MEAN };
 // STORE: W·x + b. AFFINE: b + s·W·x. RESIDUAL: r + W·x. LAYER_END: that, or the skip path. GATED: silu(W_1·x)·W_2·x.
-// INJECT: r + s·W·x, or r where the row skips. SCORED: float32, plus a prior. LOGITS: with the best of each
-// block. RING: into the ring of closed chunks.
+// INJECT: r + s·W·x, or r where the row skips. SCORED: float32, plus a prior, with the
+// best of each block. LOGITS: likewise. RING: into the ring of closed chunks.
 enum Output { STORE, AFFINE, RESIDUAL, LAYER_END, GATED, INJECT, SCORED, LOGITS, RING };
 
-__device__ __forceinline__ int row_count(const Product& p) { return p.rows[0] + p.rows[1] + p.rows[2]; }
+__device__ __forceinline__ int row_count(const Weights& w) { return w.rows[0] + w.rows[1] + w.rows[2]; }
 
-__device__ __forceinline__ const num* weight_row(const Product& p, int row) {
-  if (row < p.rows[0]) return p.weight[0] + (long long)row * p.columns;
-  row -= p.rows[0];
-  if (row < p.rows[1]) return p.weight[1] + (long long)row * p.columns;
-  return p.weight[2] + (long long)(row - p.rows[1]) * p.columns;
+__device__ __forceinline__ const num* weight_row(const Weights& w, int row) {
+  if (w.paired) row = row % 2 * w.rows[0] + row / 2;  // a gate row, then its up row
+  if (row < w.rows[0]) return w.matrix[0] + (long long)row * w.columns;
+  row -= w.rows[0];
+  if (row < w.rows[1]) return w.matrix[1] + (long long)row * w.columns;
+  return w.matrix[2] + (long long)(row - w.rows[1]) * w.columns;
 }
 
 // --- input --------------------------------------------------------------------------------------------
 
-template <int INPUT>
-__device__ __forceinline__ void norm_row(const Product& p, num* x, const num* norm, int from, int stride, float square) {
-  if (INPUT == PLAIN || INPUT == MEAN) return;
-  const float inverse = rsqrtf(square / p.columns + p.eps);
-  for (int k = from; k < p.columns; k += stride) {
-    float v = widen(x[k]) * inverse;
-    if (INPUT == NORMED) v = rounded(v) * widen(norm[k]);
-    if (INPUT == PRENORMED) v = v * widen(norm[k]);
-    x[k] = narrow(v);
+// What a thread staged of a row, normed in place.
+__device__ __forceinline__ void norm_row(int input, num* x, const num* norm, int columns, int from, int stride,
+                                         float inverse) {
+  for (int k = from; k < columns / LANE_NUMS; k += stride) {
+    float v[LANE_NUMS], weight[LANE_NUMS];
+    unpack(((const uint4*)x)[k], v);
+    if (input != UNIT) unpack(((const uint4*)norm)[k], weight);
+#pragma unroll
+    for (int i = 0; i < LANE_NUMS; ++i) {
+      v[i] *= inverse;
+      if (input == NORMED) v[i] = rounded(v[i]) * weight[i];
+      if (input == PRENORMED) v[i] *= weight[i];
+    }
+    ((uint4*)x)[k] = pack(v);
   }
 }
 
-// The input rows into x; one or more warps a row.
-template <int INPUT>
-__device__ __forceinline__ void stage(const Product& p, num* x, const num* norm, float* scratch) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-  const int each = max(1, warps / ROWS), at_once = warps / each;
-  for (int b0 = 0; b0 < ROWS; b0 += at_once) {
-    const int b = b0 + warp / each;
-    const bool mine = b < ROWS && warp / each < at_once;
-    const int from = (warp % each) * WARP + lane, stride = each * WARP;
-    num* row = x + b * p.columns;
-    float square = 0.f;
-    if (mine && INPUT == MEAN) {
-      const float size = fmaxf((float)__ldcg(p.size_B + b), 1.f);
-      for (int k = from; k < p.columns; k += stride)
-        row[k] = narrow(__ldcg(p.sum_Bd + (long long)b * p.columns + k) / size);
-    } else if (mine) {
-      const uint4* source = (const uint4*)(p.input + b * p.input_stride);
-      for (int k = from; k < p.columns / LANE_NUMS; k += stride) {
-        const uint4 v = __ldcg(source + k);
-        float wide[LANE_NUMS];
-        unpack(v, wide);
+// A thread's part of a row into x; the sum of its squares.
+__device__ __forceinline__ float stage_row(const Product& p, int b, num* row, int from, int stride) {
+  const int columns = p.weights.columns;
+  const uint4* source = (const uint4*)(p.input + b * p.input_stride);
+  float square = 0.f;
+#pragma unroll 5
+  for (int k = from; k < columns / LANE_NUMS; k += stride) {
+    const uint4 v = __ldcg(source + k);
+    float wide[LANE_NUMS];
+    unpack(v, wide);
 #pragma unroll
-        for (int i = 0; i < LANE_NUMS; ++i) square += wide[i] * wide[i];
-        *(uint4*)(row + k * LANE_NUMS) = v;
-      }
-    }
+    for (int i = 0; i < LANE_NUMS; ++i) square += wide[i] * wide[i];
+    ((uint4*)row)[k] = v;
+  }
+  return square;
+}
+
+__device__ __forceinline__ void stage_mean(const Product& p, int b, num* row, int from, int stride) {
+  const float size = fmaxf((float)__ldcg(p.size_B + b), 1.f);
+  for (int k = from; k < p.weights.columns; k += stride)
+    row[k] = narrow(__ldcg(p.sum_Bd + (long long)b * p.weights.columns + k) / size);
+}
+
+// The input rows into x; one or more warps a row.
+__device__ __forceinline__ void stage(const Product& p, int input, num* x, const num* norm, float* scratch) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, columns = p.weights.columns;
+  const int each = max(1, WARPS / ROWS), at_once = WARPS / each;
+  for (int b0 = 0; b0 < ROWS; b0 += at_once) {
+    const int b = b0 + warp / each, from = warp % each * WARP + lane, stride = each * WARP;
+    const bool mine = b < ROWS && warp / each < at_once;
+    num* row = x + b * columns;
+    float square = 0.f;
+    if (mine && input == MEAN) stage_mean(p, b, row, from, stride);
+    else if (mine) square = stage_row(p, b, row, from, stride);
+    if (input == PLAIN || input == MEAN) continue;
     square = warp_sum(square);
     if (lane == 0) scratch[warp] = square;
     __syncthreads();
     square = 0.f;
-    for (int w = warp / each * each; w < warp / each * each + each && w < warps; ++w) square += scratch[w];
-    if (mine) norm_row<INPUT>(p, row, norm, from, stride, square);
+    for (int w = warp / each * each; w < warp / each * each + each && w < WARPS; ++w) square += scratch[w];
+    if (mine) norm_row(input, row, norm, columns, from, stride, rsqrtf(square / columns + p.eps));
     __syncthreads();
   }
+  __syncthreads();
 }
 
 // --- output -------------------------------------------------------------------------------------------
+
+// What an output is added to and multiplied with; asked for before the weights are through.
+struct Terms {
+  float residual, bias, scale;
+};
+
+__device__ __forceinline__ Terms terms_of(const Product& p, int output, int b, int n) {
+  Terms t = {};
+  if (output == RESIDUAL || output == LAYER_END || output == INJECT) t.residual = read(p.residual_Bd + b * p.out_stride + n);
+  if (p.bias_N) t.bias = widen(p.bias_N[n]);
+  if (output == SCORED) t.bias = p.prior_N[n];
+  if (output == AFFINE) t.scale = widen(p.scale_N[n]);
+  if (output == INJECT) t.scale = widen(p.strength[0]);
+  return t;
+}
 
 // What a row that skips has at place n.
 __device__ __forceinline__ float skipped_output(const Product& p, int b, int n) {
@@ -124,35 +162,33 @@ __device__ __forceinline__ float skipped_output(const Product& p, int b, int n) 
   return state + rounded(sum);
 }
 
-// sum: of output row n; second: GATED only, of the other matrix.
-template <int OUTPUT>
-__device__ __forceinline__ void finish(const Product& p, int b, int n, float sum, float second) {
+// sum: of output row n; second: GATED only, of the other matrix. runs: some row runs.
+__device__ __forceinline__ void finish(const Product& p, int output, int b, int n, float sum, float second,
+                                       bool runs, const Terms& terms) {
   const long long at = b * p.out_stride + n;
-  if (OUTPUT == LAYER_END && skips(p.skip_B, b)) {
+  const bool skipped = !runs || (ROWS > 1 && (output == LAYER_END || output == INJECT) && skips(p.weights.skip_B, b));
+  if (output == LAYER_END && skipped) {
     p.out[at] = narrow(skipped_output(p, b, n));
     return;
   }
-  const float v = rounded(OUTPUT == AFFINE || !p.bias_N ? sum : sum + widen(p.bias_N[n]));
-  if (OUTPUT == STORE || OUTPUT == LOGITS) p.out[at] = narrow(v);
-  if (OUTPUT == AFFINE) p.out[at] = narrow(widen(p.bias_N[n]) + v * widen(p.scale_N[n]));
-  if (OUTPUT == RESIDUAL || OUTPUT == LAYER_END) p.out[at] = narrow(read(p.residual_Bd + at) + v);
-  if (OUTPUT == GATED) p.out[at] = narrow(rounded(silu(v)) * rounded(second));
-  if (OUTPUT == SCORED) p.wide_out[at] = v + p.prior_N[n];
-  if (OUTPUT == INJECT) {
-    const float state = read(p.residual_Bd + at);
-    p.out[at] = skips(p.skip_B, b) ? narrow(state) : narrow(state + v * widen(p.strength[0]));
-  }
-  if (OUTPUT == RING && __ldcg(p.slot_B + b) >= 0) {
-    const int half = n >= p.rows[0], column = n - half * p.rows[0];
-    p.ring[half][((long long)b * p.ring_length + __ldcg(p.slot_B + b)) * p.rows[0] + column] = narrow(v);
+  const float v = rounded(output == AFFINE || !p.bias_N ? sum : sum + terms.bias);
+  if (output == STORE || output == LOGITS) p.out[at] = narrow(v);
+  if (output == AFFINE) p.out[at] = narrow(terms.bias + v * terms.scale);
+  if (output == RESIDUAL || output == LAYER_END) p.out[at] = narrow(terms.residual + v);
+  if (output == GATED) p.out[at] = narrow(rounded(silu(v)) * rounded(second));
+  if (output == SCORED) p.wide_out[at] = v + terms.bias;
+  if (output == INJECT) p.out[at] = narrow(skipped ? terms.residual : terms.residual + v * terms.scale);
+  if (output == RING && __ldcg(p.weights.slot_B + b) >= 0) {
+    const int half = n >= p.weights.rows[0], column = n - half * p.weights.rows[0];
+    p.ring[half][((long long)b * p.ring_length + __ldcg(p.weights.slot_B + b)) * p.weights.rows[0] + column] = narrow(v);
   }
 }
 
 // The sum of a block's output row j (counted from its first), over its parts.
-__device__ __forceinline__ float part_sum(const Product& p, const float* sums, int j, int b) {
+__device__ __forceinline__ float part_sum(int splits, const float* sums, int j, int b) {
   const int group = j / OUT_ROWS, r = j % OUT_ROWS;
   float sum = 0.f;
-  for (int s = 0; s < p.splits; ++s) sum += sums[((group * p.splits + s) * OUT_ROWS + r) * ROWS + b];
+  for (int s = 0; s < splits; ++s) sum += sums[((group * splits + s) * OUT_ROWS + r) * ROWS + b];
   return sum;
 }
 
@@ -164,9 +200,7 @@ __device__ __forceinline__ void better(float& value, int& index, float other, in
   }
 }
 
-__device__ __forceinline__ void block_best(float value, int index, float* best, int* best_at) {
-  __shared__ float values[32];
-  __shared__ int indices[32];
+__device__ __forceinline__ void block_best(float value, int index, Fixed& fixed, float* best, int* best_at) {
 #pragma unroll
   for (int d = 16; d; d >>= 1) {
     const float other = __shfl_xor_sync(0xffffffffu, value, d);
@@ -174,164 +208,144 @@ __device__ __forceinline__ void block_best(float value, int index, float* best, 
   }
   __syncthreads();
   if (threadIdx.x % WARP == 0) {
-    values[threadIdx.x / WARP] = value;
-    indices[threadIdx.x / WARP] = index;
+    fixed.values[threadIdx.x / WARP] = value;
+    fixed.indices[threadIdx.x / WARP] = index;
   }
   __syncthreads();
   if (threadIdx.x) return;
-  for (int w = 1; w < (int)(blockDim.x / WARP); ++w) better(value, index, values[w], indices[w]);
+  for (int w = 1; w < WARPS; ++w) better(value, index, fixed.values[w], fixed.indices[w]);
   *best = value;
-  *best_at = index;
+  if (best_at) *best_at = index;
 }
 
-template <int OUTPUT>
-__device__ __forceinline__ void output_stage(const Product& p, const float* sums, int first_row, int count) {
-  if (OUTPUT == GATED) {
-    for (int i = threadIdx.x; i < count / 2 * ROWS; i += blockDim.x) {
+__device__ __forceinline__ void output_stage(const Product& p, int output, const float* sums, int first_row, int count,
+                                             const Terms& early, Fixed& fixed) {
+  const int splits = p.weights.splits;
+  if (output == GATED) {
+    for (int i = threadIdx.x; i < count / 2 * ROWS; i += THREADS) {
       const int pair = i / ROWS, b = i % ROWS;
-      finish<OUTPUT>(p, b, first_row / 2 + pair, part_sum(p, sums, 2 * pair, b), part_sum(p, sums, 2 * pair + 1, b));
+      finish(p, output, b, first_row / 2 + pair, part_sum(splits, sums, 2 * pair, b),
+             part_sum(splits, sums, 2 * pair + 1, b), true, early);
     }
-  } else if (OUTPUT == LOGITS) {
+  } else if (output == LOGITS || output == SCORED) {
     for (int b = 0; b < ROWS; ++b) {
       float value = MINUS_INFINITY;
       int index = 0x7fffffff;
-      for (int j = threadIdx.x; j < count; j += blockDim.x) {
-        const float sum = part_sum(p, sums, j, b);
-        finish<OUTPUT>(p, b, first_row + j, sum, 0.f);
-        better(value, index, rounded(sum), first_row + j);
+      for (int j = threadIdx.x; j < count; j += THREADS) {
+        const float sum = part_sum(splits, sums, j, b);
+        finish(p, output, b, first_row + j, sum, 0.f, true, terms_of(p, output, b, first_row + j));
+        better(value, index, output == SCORED ? rounded(sum) + p.prior_N[first_row + j] : rounded(sum), first_row + j);
       }
-      block_best(value, index, p.wide_out + blockIdx.x * ROWS + b, p.best_index + blockIdx.x * ROWS + b);
+      block_best(value, index, fixed, p.best + blockIdx.x * ROWS + b,
+                 output == LOGITS ? p.best_index + blockIdx.x * ROWS + b : nullptr);
     }
   } else {
-    for (int i = threadIdx.x; i < count * ROWS; i += blockDim.x)
-      finish<OUTPUT>(p, i % ROWS, first_row + i / ROWS, part_sum(p, sums, i / ROWS, i % ROWS), 0.f);
+    for (int i = threadIdx.x; i < count * ROWS; i += THREADS) {
+      const int b = i % ROWS, n = first_row + i / ROWS;
+      finish(p, output, b, n, part_sum(splits, sums, i / ROWS, b), 0.f, true, i < THREADS ? early : terms_of(p, output, b, n));
+    }
   }
 }
 
 // --- weights on their way -----------------------------------------------------------------------------
 
-// A warp's weights come through its own ring of slots in shared memory, a chunk of OUT_ROWS rows in each. Lane 0
-// asks the copy engine for them, as far ahead as there are slots, across the bounds of units. Both ends count
-// along: divisions for every chunk cost more than its products.
-
-struct Cursor {
-  int unit;
-  int chunk;  // of the unit
-  int slot;
-  int phase;  // of the slot's barrier
-};
-
-__device__ __forceinline__ void move_on(const Product& p, Cursor& c) {
-  if (++c.slot == p.slots) {
-    c.slot = 0;
-    c.phase ^= 1;
-  }
-  if (++c.chunk == p.unit_chunks) {
-    c.chunk = 0;
-    c.unit += PRODUCT_WARPS;
-  }
-}
+// A warp's weights come through its own ring of slots in shared memory, a chunk of OUT_ROWS rows in each. Each slot
+// has a lane that asks the copy engine for what comes into it, so that the first chunks are all asked for at once; as far
+// ahead as there are slots, across the bounds of units. Lanes count along: divisions cost more than products.
 
 struct Stream {
-  num* slots;                   // of this warp
-  u64* arrivals;                // one barrier a slot
-  int first;                    // group of output rows that the block begins with
-  int units;                    // of the block
-  int count;                    // chunks that the warp reads in all
-  int to_ask;                   // of them
-  Cursor asked;                 // where lane 0 is
-  const num* source[OUT_ROWS];  // what it asks for next
+  num* ring;      // of this warp
+  u64* arrivals;  // one barrier a slot
+  u32 parities;   // of the barriers, a bit each: what their next arrival is
+  int call;       // whose weights these are; -1: nobody's
+  int first;      // group of output rows that the block begins with
+  int count;      // chunks that the warp reads in all
+  int slots;      // in use
+  // of this lane's slot: the next chunk's number, its unit, its place in the unit, and what they rise by
+  int number, unit, chunk;
+  int unit_step, chunk_step;
 };
 
-// Ask for the next chunk. Lane 0 only.
-template <int OUTPUT>
-__device__ __forceinline__ void ask(const Product& p, Stream& s) {
-  Cursor& c = s.asked;
-  if (c.chunk == 0) {
-    const int total = row_count(p), group = s.first + c.unit / p.splits;
-    const int column = c.unit % p.splits * p.unit_chunks * p.chunk;
+// Ask for the next chunk of this lane's slot, if there is one.
+__device__ __forceinline__ void ask(const Weights& w, Stream& s) {
+  if (s.number >= s.count) return;
+  const int slot = threadIdx.x % WARP, last = row_count(w) - 1, group = s.first + s.unit / w.splits;
+  const int column = (s.unit % w.splits * w.unit_chunks + s.chunk) * w.chunk;
+  num* to = s.ring + slot * OUT_ROWS * w.chunk;
+  expect_bytes(s.arrivals + slot, OUT_ROWS * w.chunk * sizeof(num));
 #pragma unroll
-    for (int r = 0; r < OUT_ROWS; ++r) {
-      int row = min(group * OUT_ROWS + r, total - 1);
-      if (OUTPUT == GATED) row = row % 2 * p.rows[0] + row / 2;  // a gate row, then its up row
-      s.source[r] = weight_row(p, row) + column;
-    }
+  for (int r = 0; r < OUT_ROWS; ++r)
+    copy_ahead(to + r * w.chunk, weight_row(w, min(group * OUT_ROWS + r, last)) + column, w.chunk * sizeof(num),
+               s.arrivals + slot);
+  s.number += s.slots;
+  s.unit += s.unit_step;
+  s.chunk += s.chunk_step;
+  if (s.chunk >= w.unit_chunks) {
+    s.chunk -= w.unit_chunks;
+    s.unit += WARPS;
   }
-  num* slot = s.slots + c.slot * OUT_ROWS * p.chunk;
-  expect_bytes(s.arrivals + c.slot, OUT_ROWS * p.chunk * sizeof(num));
-#pragma unroll
-  for (int r = 0; r < OUT_ROWS; ++r) {
-    copy_ahead(slot + r * p.chunk, s.source[r], p.chunk * sizeof(num), s.arrivals + c.slot);
-    s.source[r] += p.chunk;
-  }
-  move_on(p, c);
-  --s.to_ask;
 }
 
-// Begin a stream over the groups [first, end), with barriers that were not used before.
-template <int OUTPUT>
-__device__ __forceinline__ Stream open(const Product& p, num* slots, u64* arrivals, int first, int end) {
-  const int warp = threadIdx.x / WARP;
-  Stream s;
-  s.slots = slots + warp * p.slots * OUT_ROWS * p.chunk;
-  s.arrivals = arrivals + warp * MOST_SLOTS;
+__device__ __forceinline__ void await_slot(Stream& s, int slot) {
+  wait_barrier(s.arrivals + slot, s.parities >> slot & 1);
+  s.parities ^= 1u << slot;
+}
+
+// Begin a stream over the groups [first, end).
+__device__ __forceinline__ void open(const Weights& w, Stream& s, int call, int first, int end) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, units = (end - first) * w.splits;
+  s.call = call;
   s.first = first;
-  s.units = (end - first) * p.splits;
-  s.count = s.units > warp ? ((s.units - warp - 1) / PRODUCT_WARPS + 1) * p.unit_chunks : 0;
-  s.to_ask = s.count;
-  s.asked = {warp, 0, 0, 0};
-  if (threadIdx.x % WARP == 0) {
-    for (int i = 0; i < p.slots; ++i) make_barrier(s.arrivals + i);
-    show_barriers();
-    for (int i = 0; i < p.slots && s.to_ask > 0; ++i) ask<OUTPUT>(p, s);
-  }
+  s.count = units > warp ? ((units - warp - 1) / WARPS + 1) * w.unit_chunks : 0;
+  s.slots = w.slots;
+  s.number = lane;
+  s.unit = warp + lane / w.unit_chunks * WARPS;
+  s.chunk = lane % w.unit_chunks;
+  s.unit_step = w.slots / w.unit_chunks * WARPS;
+  s.chunk_step = w.slots % w.unit_chunks;
   __syncwarp();
-  return s;
+  if (lane < w.slots) ask(w, s);
+  __syncwarp();
 }
 
-// Wait for what was asked for and is not wanted: copies must not arrive in the memory of a later block.
-__device__ __forceinline__ void drop(const Product& p, const Stream& s) {
-  for (int q = 0; q < min(p.slots, s.count); ++q) wait_barrier(s.arrivals + q, 0);
+// Wait for what was asked for and is not wanted.
+__device__ __forceinline__ void drop(Stream& s) {
+  for (int slot = 0; slot < min(s.slots, s.count); ++slot) await_slot(s, slot);
+  s.call = -1;
 }
 
-__device__ __forceinline__ void multiply(const Product& p, const num* x, const num* weight, int column,
-                                         float acc[OUT_ROWS][ROWS]) {
-  for (int k = threadIdx.x % WARP * LANE_NUMS; k < p.chunk; k += WARP * LANE_NUMS) {
-    float w[OUT_ROWS][LANE_NUMS];
+__device__ __forceinline__ void multiply(const Weights& w, const num* x, const num* weight, float acc[OUT_ROWS][ROWS]) {
+  for (int k = threadIdx.x % WARP * LANE_NUMS; k < w.chunk; k += WARP * LANE_NUMS) {
+    float v[OUT_ROWS][LANE_NUMS];
 #pragma unroll
-    for (int r = 0; r < OUT_ROWS; ++r) unpack(*(const uint4*)(weight + r * p.chunk + k), w[r]);
+    for (int r = 0; r < OUT_ROWS; ++r) unpack(*(const uint4*)(weight + r * w.chunk + k), v[r]);
 #pragma unroll
     for (int b = 0; b < ROWS; ++b) {
-      float v[LANE_NUMS];
-      unpack(*(const uint4*)(x + b * p.columns + column + k), v);
+      float u[LANE_NUMS];
+      unpack(*(const uint4*)(x + b * w.columns + k), u);
 #pragma unroll
       for (int r = 0; r < OUT_ROWS; ++r)
 #pragma unroll
-        for (int i = 0; i < LANE_NUMS; ++i) acc[r][b] = fmaf(w[r][i], v[i], acc[r][b]);
+        for (int i = 0; i < LANE_NUMS; ++i) acc[r][b] = fmaf(v[r][i], u[i], acc[r][b]);
     }
   }
 }
 
 // All of a warp's units; their sums into sums[(unit, OUT_ROWS, ROWS)].
-template <int OUTPUT>
-__device__ __forceinline__ void run_stream(const Product& p, Stream& s, const num* x, float* sums) {
+__device__ __forceinline__ void run_stream(const Weights& given, Stream& s, const num* x, float* sums) {
+  const Weights w = given;  // in registers
   const int lane = threadIdx.x % WARP;
   float acc[OUT_ROWS][ROWS] = {};
-  Cursor c = {(int)threadIdx.x / WARP, 0, 0, 0};
-  int column = 0;
-  if (s.count == 0) allow_next();
+  int unit = threadIdx.x / WARP, chunk = 0, slot = 0, column = 0;
   for (int left = s.count; left > 0; --left) {
-    // All is asked for: from here on the next kernel's weights can fill the gap between the two.
-    if (left == min(p.slots, s.count)) allow_next();
-    if (c.chunk == 0) column = c.unit % p.splits * p.unit_chunks * p.chunk;
-    wait_barrier(s.arrivals + c.slot, c.phase);
-    multiply(p, x, s.slots + c.slot * OUT_ROWS * p.chunk, column, acc);
+    if (chunk == 0) column = unit % w.splits * w.unit_chunks * w.chunk;
+    await_slot(s, slot);
+    multiply(w, x + column, s.ring + slot * OUT_ROWS * w.chunk, acc);
     __syncwarp();
-    if (lane == 0 && s.to_ask > 0) ask<OUTPUT>(p, s);
-    column += p.chunk;
-    const int unit = c.unit;
-    move_on(p, c);
-    if (c.chunk) continue;
+    if (lane == slot) ask(w, s);
+    column += w.chunk;
+    if (++slot == w.slots) slot = 0;
+    if (++chunk < w.unit_chunks) continue;
 #pragma unroll
     for (int r = 0; r < OUT_ROWS; ++r)
 #pragma unroll
@@ -340,69 +354,86 @@ __device__ __forceinline__ void run_stream(const Product& p, Stream& s, const nu
         acc[r][b] = 0.f;
         if (lane == (r * ROWS + b) % WARP) sums[(unit * OUT_ROWS + r) * ROWS + b] = sum;
       }
+    chunk = 0;
+    unit += WARPS;
   }
+  s.call = -1;
 }
 
 // --- the product --------------------------------------------------------------------------------------
 
-// Whether a block whose rows end before end_row has nothing to multiply.
-__device__ __forceinline__ bool idle(const Product& p, int end_row) {
-  if (p.slot_B) {
+// The groups of output rows that this block has, [first, end).
+__device__ __forceinline__ void share_of(const Weights& w, int& first, int& end) {
+  const int step = w.paired && OUT_ROWS == 1 ? 2 : 1;  // a pair stays together
+  const int groups = (row_count(w) + OUT_ROWS - 1) / OUT_ROWS / step, block = min((int)blockIdx.x, w.blocks);
+  first = step * (int)((long long)groups * block / w.blocks);
+  end = step * (int)((long long)groups * min(block + 1, w.blocks) / w.blocks);
+}
+
+// Whether a block whose groups end before `end` has nothing to multiply. runs: some row runs the layer.
+__device__ __forceinline__ bool idle(const Weights& w, int end, bool runs) {
+  if (w.slot_B) {
     for (int b = 0; b < ROWS; ++b)
-      if (__ldcg(p.slot_B + b) >= 0) return false;
+      if (__ldcg(w.slot_B + b) >= 0) return false;
     return true;
   }
-  return !any_runs(p.skip_B) && (p.kept_from < 0 || end_row <= p.kept_from);
+  return !runs && (w.kept_from < 0 || min(end * OUT_ROWS, row_count(w)) <= w.kept_from);
 }
 
-template <int INPUT, int OUTPUT>
-__device__ __forceinline__ void product(const Product& p) {
-  __shared__ float scratch[32];
-  __shared__ u64 arrivals[2 * PRODUCT_WARPS * MOST_SLOTS];
-  num* slots = (num*)shared;
-  num* x = slots + PRODUCT_WARPS * p.slots * OUT_ROWS * p.chunk;
-  num* norm = x + ROWS * p.columns;
-  float* sums = (float*)(norm + (p.norm ? p.columns : 0));
-  const int total = row_count(p), groups = (total + OUT_ROWS - 1) / OUT_ROWS;
-  int first = (int)((long long)groups * blockIdx.x / gridDim.x);
-  const int end = (int)((long long)groups * (blockIdx.x + 1) / gridDim.x);
-  const int end_row = min(end * OUT_ROWS, total);
-  // The flag may still be that of the token before: then this asks for what is not wanted, or for nothing.
-  const bool opened = !idle(p, end_row);
-  Stream s;
-  if (opened) s = open<OUTPUT>(p, slots, arrivals, first, end);
+// Ask for the first weights of a call whose turn comes later. The flags may still be those of the token before: then
+// this asks for what is not wanted, or for nothing.
+__device__ __forceinline__ void look_ahead(const Weights& w, int call, Stream& s, Team& team) {
+  int first, end;
+  share_of(w, first, end);
+  if (first < end && !idle(w, end, layer_runs(w.skip_B, team))) open(w, s, call, first, end);
+}
+
+#define NEAR_BYTES (160 * 1024)  // of a block: about half of the second cache in all
+
+// The beginning of a block's share of a product whose turn comes still later, into the second cache.
+__device__ __forceinline__ void bring_share_near(const Weights& w, Team& team) {
+  int first, end;
+  share_of(w, first, end);
+  if (first == end || idle(w, end, layer_runs(w.skip_B, team))) return;
+  const int bytes = w.columns * sizeof(num), last = min(end * OUT_ROWS, row_count(w));
+  const int near = min(last, first * OUT_ROWS + NEAR_BYTES / bytes);
+  for (int row = first * OUT_ROWS + threadIdx.x; row < near; row += THREADS) bring_near(weight_row(w, row), bytes);
+}
+
+__device__ __forceinline__ void product(const Product& p, int input, int output, int call, Stream& s, Team& team,
+                                        Fixed& fixed, unsigned char* room) {
+  const Weights& w = p.weights;
+  num* x = (num*)room;
+  num* norm = x + ROWS * w.columns;
+  float* sums = (float*)(norm + (p.norm ? w.columns : 0));
+  int first, end;
+  share_of(w, first, end);
+  const int end_row = min(end * OUT_ROWS, row_count(w));
   if (p.norm)
-    for (int k = threadIdx.x; k < p.columns; k += blockDim.x) norm[k] = p.norm[k];
-  await();
-  if (idle(p, end_row)) {
-    if (OUTPUT == LAYER_END || OUTPUT == INJECT)
-      for (int i = threadIdx.x; i < (end_row - first * OUT_ROWS) * ROWS; i += blockDim.x)
-        finish<OUTPUT>(p, i % ROWS, first * OUT_ROWS + i / ROWS, 0.f, 0.f);
-    if (opened) drop(p, s);
+    for (int k = threadIdx.x; k < w.columns / LANE_NUMS; k += THREADS) ((uint4*)norm)[k] = ((const uint4*)p.norm)[k];
+  await(team);
+  if (first == end) return;
+  const bool runs = layer_runs(w.skip_B, team);
+  if (idle(w, end, runs)) {
+    if (s.call == call) drop(s);
+    if (output == LAYER_END || output == INJECT)
+      for (int i = threadIdx.x; i < (end_row - first * OUT_ROWS) * ROWS; i += THREADS) {
+        const int b = i % ROWS, n = first * OUT_ROWS + i / ROWS;
+        finish(p, output, b, n, 0.f, 0.f, false, terms_of(p, output, b, n));
+      }
     return;
   }
-  const bool kept_only = p.kept_from > first * OUT_ROWS && !any_runs(p.skip_B);
-  if (opened && kept_only) drop(p, s);
-  if (kept_only) first = p.kept_from / OUT_ROWS;
-  if (kept_only || !opened) s = open<OUTPUT>(p, slots, arrivals + PRODUCT_WARPS * MOST_SLOTS, first, end);
-  stage<INPUT>(p, x, norm, scratch);
-  run_stream<OUTPUT>(p, s, x, sums);
+  const bool kept_only = !runs && w.kept_from > first * OUT_ROWS;
+  if (kept_only) {
+    if (s.call == call) drop(s);
+    first = w.kept_from / OUT_ROWS;
+  }
+  if (s.call != call) open(w, s, call, first, end);
+  Terms early = {};
+  if (output != LOGITS && output != GATED && (int)threadIdx.x < (end_row - first * OUT_ROWS) * ROWS)
+    early = terms_of(p, output, threadIdx.x % ROWS, first * OUT_ROWS + threadIdx.x / ROWS);
+  stage(p, input, x, norm, fixed.scratch);
+  run_stream(w, s, x, sums);
   __syncthreads();
-  output_stage<OUTPUT>(p, sums, first * OUT_ROWS, end_row - first * OUT_ROWS);
+  output_stage(p, output, sums, first * OUT_ROWS, end_row - first * OUT_ROWS, early, fixed);
 }
-
-#define PRODUCT(name, INPUT, OUTPUT) \
-  extern "C" __global__ void __launch_bounds__(WARP * PRODUCT_WARPS, 2) name(Product p) { product<INPUT, OUTPUT>(p); }
-
-PRODUCT(product_front, UNIT, AFFINE)
-PRODUCT(product_qkv, NORMED, STORE)
-PRODUCT(product_attention_out, PLAIN, RESIDUAL)
-PRODUCT(product_gate_up, NORMED, GATED)
-PRODUCT(product_down, PLAIN, LAYER_END)
-PRODUCT(product_logits, NORMED, LOGITS)
-PRODUCT(product_plain, PLAIN, STORE)
-PRODUCT(product_scores, PLAIN, SCORED)
-PRODUCT(product_inject_preview, PRENORMED, INJECT)
-PRODUCT(product_inject_chunks, PLAIN, INJECT)
-PRODUCT(product_summary, MEAN, STORE)
-PRODUCT(product_ring, PLAIN, RING)

@@ -1,4 +1,4 @@
-// The step's first and last kernel: the token's embedding, and the next token.
+// The step's first and last call: the token's embedding, and the next token.
 
 struct Embed {
   const num* table;
@@ -8,12 +8,14 @@ struct Embed {
   float* motion_B2;  // null: no gate acts
 };
 
-extern "C" __global__ void __launch_bounds__(256) embed(Embed e) {
-  await();
-  allow_next();
-  if (e.motion_B2 && threadIdx.x < 2) e.motion_B2[2 * blockIdx.x + threadIdx.x] = (float)threadIdx.x;  // δ = 0, cos = 1
-  const num* row = e.table + (long long)__ldcg(e.token_B + blockIdx.x) * e.width;
-  for (int k = threadIdx.x; k < e.width; k += blockDim.x) e.state_Bd[(long long)blockIdx.x * e.width + k] = row[k];
+__device__ __forceinline__ void embed(const Embed& e, Team& team) {
+  await(team);
+  for (int b = blockIdx.x; b < ROWS; b += gridDim.x) {
+    if (e.motion_B2 && threadIdx.x < 2) e.motion_B2[2 * b + threadIdx.x] = (float)threadIdx.x;  // δ = 0, cos = 1
+    const uint4* row = (const uint4*)(e.table + (long long)__ldcg(e.token_B + b) * e.width);
+    for (int k = threadIdx.x; k < e.width / LANE_NUMS; k += THREADS)
+      ((uint4*)(e.state_Bd + (long long)b * e.width))[k] = row[k];
+  }
 }
 
 struct Advance {
@@ -30,17 +32,17 @@ struct Advance {
   int* token_trace;  // [trace_steps, ROWS]
 };
 
-extern "C" __global__ void __launch_bounds__(256) advance(Advance a) {
-  __shared__ float best[ROWS];
-  __shared__ int best_at[ROWS];
-  await();
-  allow_next();
+__device__ __forceinline__ void advance(const Advance& a, Team& team, Fixed& fixed, unsigned char* room) {
+  float* best = (float*)room;
+  int* best_at = (int*)(best + ROWS);
+  await(team);
+  if (blockIdx.x) return;
   for (int b = 0; b < ROWS && a.offers; ++b) {
     float value = MINUS_INFINITY;
     int index = 0x7fffffff;
-    for (int i = threadIdx.x; i < a.offers; i += blockDim.x)
+    for (int i = threadIdx.x; i < a.offers; i += THREADS)
       better(value, index, __ldcg(a.best + i * ROWS + b), __ldcg(a.best_index + i * ROWS + b));
-    block_best(value, index, best + b, best_at + b);
+    block_best(value, index, fixed, best + b, best_at + b);
   }
   __syncthreads();
   const int step = __ldcg(a.step);

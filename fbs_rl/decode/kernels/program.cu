@@ -1,0 +1,144 @@
+// A step, or a part of one, as one launch: every block walks through the same calls.
+
+#define ARGUMENT_BYTES 448
+
+struct Call {
+  int kernel;
+  int alone;         // 1: every block makes all of it by itself, so that none has to wait for it
+  int ahead_call;    // the next product behind this call, -1: none
+  int near;          // 1: bring the beginning of `later` near
+  int void_slots;    // 1: void_B holds places of closed chunks, else who skips
+  const int* void_B; // the call is void where no row closes a chunk, or runs; null: never
+  Weights ahead;     // of that product
+  Weights later;     // of the one behind it; no rows if there is none
+  __align__(16) unsigned char arguments[ARGUMENT_BYTES];
+};
+
+struct Program {
+  const Call* calls;
+  int first;
+  int end;
+  int ring_bytes;  // of a warp
+  u32* arrived;    // of all blocks, ever
+  u32* epochs;     // of each block
+  u64* cycles;     // [calls] the first block's clock when it was through with each; null: not asked
+};
+
+// Number, name, what it reads and what it writes. fbs_rl/decode/kernel_arguments.py reads them, and those of the other
+// calls in make_call.
+#define PRODUCTS(PRODUCT)                            \
+  PRODUCT(16, product_front, UNIT, AFFINE)           \
+  PRODUCT(17, product_qkv, NORMED, STORE)            \
+  PRODUCT(18, product_attention_out, PLAIN, RESIDUAL) \
+  PRODUCT(19, product_gate_up, NORMED, GATED)        \
+  PRODUCT(20, product_down, PLAIN, LAYER_END)        \
+  PRODUCT(21, product_logits, NORMED, LOGITS)        \
+  PRODUCT(22, product_plain, PLAIN, STORE)           \
+  PRODUCT(23, product_scores, PLAIN, SCORED)         \
+  PRODUCT(24, product_inject_preview, PRENORMED, INJECT) \
+  PRODUCT(25, product_inject_chunks, PLAIN, INJECT)  \
+  PRODUCT(26, product_summary, MEAN, STORE)          \
+  PRODUCT(27, product_ring, PLAIN, RING)
+
+struct Block {
+  Team team;
+  Stream stream;
+  Fixed* fixed;
+  unsigned char* room;
+};
+
+// What lies in front of the rings in a block's shared memory.
+struct Front {
+  Call call[2];  // the one that runs, and the next
+  u64 arrivals[WARPS * MOST_SLOTS];
+  Fixed fixed;
+};
+
+#define FRONT_BYTES 4096
+static_assert(sizeof(Front) <= FRONT_BYTES, "fbs_rl/decode/program.py leaves this much");
+
+__device__ __forceinline__ Block open_block(const Program& p, unsigned char* shared) {
+  Front& front = *(Front*)shared;
+  const int warp = threadIdx.x / WARP;
+  Block b;
+  b.team = {p.arrived, __ldcg(p.epochs + blockIdx.x), false, nullptr, true};
+  b.fixed = &front.fixed;
+  b.room = shared + FRONT_BYTES + WARPS * p.ring_bytes;
+  b.stream.ring = (num*)(shared + FRONT_BYTES + warp * p.ring_bytes);
+  b.stream.arrivals = front.arrivals + warp * MOST_SLOTS;
+  b.stream.parities = 0;
+  b.stream.call = -1;
+  b.stream.count = b.stream.slots = 0;
+  if (threadIdx.x % WARP == 0)
+    for (int i = 0; i < MOST_SLOTS; ++i) make_barrier(b.stream.arrivals + i);
+  if (threadIdx.x == 0) show_barriers();
+  return b;
+}
+
+__device__ __forceinline__ bool is_void(const Call& c, Team& team) {
+  if (!c.void_B) return false;
+  if (!c.void_slots) return !layer_runs(c.void_B, team);
+  for (int b = 0; b < ROWS; ++b)
+    if (__ldcg(c.void_B + b) >= 0) return false;
+  return true;
+}
+
+__device__ __forceinline__ void make_call(const Call& c, int number, Block& b) {
+  int input = -1, output = -1;
+  switch (c.kernel) {
+    case 0: embed(*(const Embed*)c.arguments, b.team); break;
+    case 1: advance(*(const Advance*)c.arguments, b.team, *b.fixed, b.room); break;
+    case 2: attention(*(const Attention*)c.arguments, b.team, *(AttentionShared*)b.room); break;
+    case 3: decide(*(const Decision*)c.arguments, b.team, *b.fixed, b.room); break;
+    case 4: move(*(const Move*)c.arguments, b.team, *b.fixed); break;
+    case 5: shortlist(*(const Shortlist*)c.arguments, b.team, *b.fixed, b.room); break;
+    case 6: look(*(const Look*)c.arguments, b.team, *b.fixed, b.room); break;
+    case 7: boundary(*(const Boundary*)c.arguments, b.team); break;
+    case 8: chunk_read(*(const ChunkRead*)c.arguments, b.team, *b.fixed, b.room); break;
+    case 9: chunk_extend(*(const ChunkExtend*)c.arguments, b.team, *b.fixed); break;
+#define PRODUCT(number, name, reads, writes) \
+    case number: input = reads; output = writes; break;
+    PRODUCTS(PRODUCT)
+  }
+  if (output >= 0)
+    product(*(const Product*)c.arguments, input, output, number, b.stream, b.team, *b.fixed, b.room);
+}
+
+__device__ __forceinline__ void copy_call(const Call* from, Call* to) {
+  const int lane = threadIdx.x % WARP;
+  for (int i = lane; i < (int)(sizeof(Call) / 16); i += WARP) ((uint4*)to)[i] = ((const uint4*)from)[i];
+}
+
+__device__ __forceinline__ void walk(const Program& p, unsigned char* shared) {
+  Call* held = ((Front*)shared)->call;
+  Block b = open_block(p, shared);
+  if (threadIdx.x < WARP) copy_call(p.calls + p.first, held);
+  __syncthreads();
+  for (int at = p.first; at < p.end; ++at) {
+    const Call& c = held[(at - p.first) % 2];
+    const bool more = at + 1 < p.end;
+    if (more && threadIdx.x >= THREADS - WARP) copy_call(p.calls + at + 1, held + (at + 1 - p.first) % 2);
+    if (is_void(c, b.team)) {
+      if (b.stream.call == at) drop(b.stream);
+      __syncthreads();
+    } else {
+      make_call(c, at, b);
+      await(b.team);  // a block that had no part in the call
+      __syncthreads();
+      if (more && !c.alone) arrive(b.team);
+    }
+    if (p.cycles && blockIdx.x == 0 && threadIdx.x == 0) p.cycles[at] = clock64();
+    // Only now: an arrival waits for whatever its thread has asked for.
+    if (b.stream.call < 0 && c.ahead_call >= 0 && c.ahead_call < p.end)
+      look_ahead(c.ahead, c.ahead_call, b.stream, b.team);
+    // All of the next product is on its way, so nothing would be read until that is through.
+    if (c.near && (b.stream.call < 0 || b.stream.count <= b.stream.slots)) bring_share_near(c.later, b.team);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) p.epochs[blockIdx.x] = b.team.epoch;
+}
+
+#ifndef EMULATED
+extern __shared__ __align__(128) unsigned char shared[];
+extern "C" __global__ void __launch_bounds__(THREADS, 1) run(Program p) { walk(p, shared); }
+#endif
