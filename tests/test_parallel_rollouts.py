@@ -15,6 +15,7 @@ from fbs_rl.config import from_tree
 from fbs_rl.model import FBSForCausalLM
 from fbs_rl.rl.dense_continuations import write_greedily
 from fbs_rl.rl.gate_policy import GatePolicy
+from fbs_rl.rl.gated_continuations import write_gated
 from fbs_rl.rl.learner import PPOLearner
 from fbs_rl.rl.learner_settings import LearnerSettings, MismatchLimits
 from fbs_rl.rl.parallel_pass import (
@@ -29,7 +30,7 @@ from fbs_rl.rl.parallel_pass import (
 )
 from fbs_rl.rl.parallel_rollouts import ParallelRollouts
 from fbs_rl.rl.reward import Sampler, SegmentKind
-from fbs_rl.rl.rollout import EpisodeRollout, RolloutSettings, RolloutTask
+from fbs_rl.rl.rollout import EpisodeRollout, RolloutSettings, RolloutTask, gate_seed
 from fbs_rl.serving.rollouts import RolloutEngine
 from tests.engine_process import engine_process
 from tests.served_tiny import make_folder
@@ -212,6 +213,28 @@ def test_continuations_are_the_greedy_ones_and_end_at_an_end() -> None:
     places = [row.index(end) + 1 if end in row else 9 for row in wanted]
     assert ended == [row[:place] for row, place in zip(wanted, places, strict=True)]
     assert min(places) <= 4
+
+
+# --- what the gated policy writes ------------------------------------------------------------------------
+
+
+def test_in_16_bits_decisions_are_those_of_the_writing() -> None:
+    import copy
+
+    model = copy.deepcopy(lively()).to(torch.bfloat16)
+    tasks, settings = tiny_tasks(6, 8), replace(GATED, temperature=1.0)
+    episodes = ParallelRollouts(model, 4000).roll(tasks, settings)
+    samples = [(task.prompt_ids, seed) for task in tasks for seed in task.seeds]
+    prompts, seeds = zip(*samples, strict=True)
+    made = write_gated(model, prompts, seeds, settings, 4000)
+    for row, (episode, text) in enumerate(zip(episodes, made.texts, strict=True)):
+        own = episode.segments[0]
+        assert (own.token_ids, len(own.token_ids)) == (text.token_ids, 24)
+        np.testing.assert_array_equal(own.trace.skip_TL, made.skip_LRC[:, row].T)
+    # The pass would have decided a few of them otherwise.
+    own_seeds = [gate_seed(seed, SegmentKind.SELF) for seed in seeds]
+    decided = pass_texts(model, made.texts, drawn_gates(model.config, POLICY, own_seeds), 4000)
+    assert 0 < int((decided.skip_LRC != made.skip_LRC).sum()) < 0.01 * made.skip_LRC.numel()
 
 
 # --- as food for the learner ------------------------------------------------------------------------------
