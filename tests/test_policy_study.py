@@ -1,4 +1,4 @@
-"""The study of skip policies: its figures against the reward's own code, its curves, its table, the whole command."""
+"""The study of skip policies: its figures against the reward's own code, its curves, its tables."""
 
 from __future__ import annotations
 
