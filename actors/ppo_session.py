@@ -19,6 +19,7 @@ from fbs_rl.config import to_tree
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.ppo_options import Request
 from fbs_rl.rl.credit import ScoredEpisode, score_episode
+from fbs_rl.rl.end_tokens import end_tokens
 from fbs_rl.rl.episode_figures import example_rows, heldout_figures, threshold_like
 from fbs_rl.rl.gate_policy import GatePolicy
 from fbs_rl.rl.ppo_settings import PPOSettings
@@ -121,13 +122,6 @@ class PPOSession:
         # Put once, not once for each rank.
         sent = [ray.put(a) if isinstance(a, list) else a for a in arguments]
         return self.gang.call(method, *sent, deadline_s=self.settings.fleet.call_deadline_s)
-
-
-def end_tokens(config: FBSConfig, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a continuation: those of the model's configuration and of the tokenizer."""
-    ends = config.eos_token_id
-    listed = ends if isinstance(ends, list) else [ends]
-    return tuple(sorted({int(e) for e in [*listed, tokenizer.eos_token_id] if e is not None}))
 
 
 @contextmanager

@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fbs_rl.config import load_settings, to_tree
+from fbs_rl.config import load_settings
 from fbs_rl.data.shards import PackedShards
+from fbs_rl.local_stage1 import train_here
 from fbs_rl.model.baselines import random_skip, removal_harm, static_skip
 from fbs_rl.model.compiled import as_written
 from fbs_rl.training.batches import MicroBatch
@@ -64,26 +65,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_arm(name: str, settings: PretrainSettings, controls: bool) -> list[dict[str, Any]]:
     """Train, then one row for the dense pass and one for each skip ratio; with controls also random and static."""
-    from actors.pretrain_worker import PretrainWorker
-
-    worker = PretrainWorker(0, 1, to_tree(settings))
-    worker.start(*worker.address(), 0, None)
-    steps, tokens, began, timed = settings.phases.steps, 0.0, time.perf_counter(), 0.0
-    for step in range(steps):
-        if step == settings.phases.observed_steps and settings.phases.teacher == "phase_1a":
-            worker.teacher = _frozen_copy(worker)
-        record = worker.run_step(step)
-        tokens += record["train/tokens"]
-        timed += record["perf/step_s"]
-        if (step + 1) % max(steps // 20, 1) == 0:
-            skip = record.get("gate/skip_ratio", 0.0)
-            print(
-                f"{name}: {step + 1}/{steps} loss {record['train/loss']:.4f} skip {skip:.3f} "
-                f"{tokens / timed:,.0f} tokens/s",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-    base = {"arm": name, "tokens": tokens, "steps": steps, "train_s": round(timed, 1)}
-    base["tokens_per_s"] = round(tokens / timed)
+    began = time.perf_counter()
+    trained = train_here(settings, name, _say)
+    worker = trained.worker
+    base = {
+        "arm": name,
+        "tokens": trained.tokens,
+        "steps": settings.phases.steps,
+        "train_s": round(trained.seconds, 1),
+        "tokens_per_s": round(trained.tokens_per_s),
+    }
     tuning, scored = worker.heldout_batches()
     ratios = settings.evaluation.skip_ratios
     with as_written():
@@ -102,7 +93,7 @@ def run_arm(name: str, settings: PretrainSettings, controls: bool) -> list[dict[
     if controls and worker.model.config.gate:
         with as_written():
             rows += [{**base, **row} for row in _controls(worker, scored, ratios)]
-    print(f"{name}: {time.perf_counter() - began:.0f} s in all", file=sys.stderr)
+    _say(f"{name}: {time.perf_counter() - began:.0f} s in all")
     return rows
 
 
@@ -131,10 +122,8 @@ def _controls(worker: Any, scored: list[MicroBatch], ratios: list[float]) -> lis
     return rows
 
 
-def _frozen_copy(worker: Any) -> Any:
-    import copy
-
-    return copy.deepcopy(worker.model).requires_grad_(False).eval()
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _settings(name: str, arguments: argparse.Namespace) -> PretrainSettings:

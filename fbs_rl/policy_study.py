@@ -2,11 +2,14 @@
 
     python -m fbs_rl.policy_study --model runs/first/final --seeds 0,1,2 --updates 40 --out study.jsonl
     python -m fbs_rl.policy_study --stage1 prepared --stage1-set phases.steps=2000 --keep start --out study.jsonl
+    python -m fbs_rl.policy_study --model runs/first/final --writers dense,gated --temperature 1 --out study.jsonl
     python -m fbs_rl.policy_study --table study.jsonl
 
-Everything in this process, on one device, without Ray and vLLM: continuations are the dense model's, so episodes come
-from the parallel pass. Questions are held out from training; on half of them thresholds are set, on the other half
-every arm is measured. Each row is appended to --out as soon as it is known.
+Everything in this process, on one device, without Ray and vLLM: episodes come from the model's own passes. The
+continuations that are trained on are the dense model's greedy ones, or written by the gated policy itself (--writers).
+Questions are held out from training; on half of them thresholds are set, on the other half every arm is measured, on
+the dense model's greedy continuations whoever wrote those of training. Each row is appended to --out as soon as it is
+known.
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ from fbs_rl.config import load_settings
 from fbs_rl.model.backbone import ModelSource
 from fbs_rl.model.compiled import as_written
 from fbs_rl.ppo_options import make_plan
+from fbs_rl.rl.end_tokens import end_tokens
 from fbs_rl.rl.heldout_points import Heldout
 from fbs_rl.rl.parallel_rollouts import ParallelRollouts
 from fbs_rl.rl.policy_trial import Trial, keep, restore
-from fbs_rl.rl.ppo_settings import PPOSettings
+from fbs_rl.rl.ppo_settings import EpisodeSettings, PPOSettings
+from fbs_rl.rl.reward import Sampler
 from fbs_rl.rl.rollout import RolloutTask
 from fbs_rl.rl.rollout_plan import RolloutPlan
 from fbs_rl.rl.skip_curves import Bench
@@ -46,7 +51,10 @@ _DRAWS = 4
 
 @dataclasses.dataclass(slots=True)
 class Study:
-    """What was asked, found to be possible. plans: settings and questions of each configuration. folder: the start."""
+    """What was asked, found to be possible. plans: settings and questions of each configuration and writer, by name.
+
+    folder: the start.
+    """
 
     options: argparse.Namespace
     plans: dict[str, RolloutPlan]
@@ -101,6 +109,7 @@ def prepare(options: argparse.Namespace, made: Path) -> Study:
     ratios = _numbers(options.ratios, float, "--ratios", "shares such as 0.1,0.2")
     if not all(0 < ratio < 1 for ratio in ratios):
         raise ValueError(f"--ratios is {options.ratios}; shares of layers lie between 0 and 1")
+    writers = _writers(options)
     seeds = _numbers(options.seeds, int, "--seeds", "whole numbers such as 0,1,2")
     model = options.model or options.backbone
     names = options.configs.split(",")
@@ -116,6 +125,13 @@ def prepare(options: argparse.Namespace, made: Path) -> Study:
                 f"the pool holds {len(plan.pool.heldout)} questions out and {options.heldout} are wanted; "
                 f"lower --heldout, raise questions.heldout_frac or add sources"
             )
+    written = {
+        _arm_name(name, episodes): dataclasses.replace(
+            plan, settings=dataclasses.replace(plan.settings, episodes=episodes)
+        )
+        for name, plan in plans.items()
+        for episodes in _episodes(plan.settings, writers, options.temperature)
+    }
     if options.stage1:
         trained = stage1_settings(
             options.stage1, model, options.stage1_arm, options.stage1_config, options.stage1_set
@@ -123,7 +139,7 @@ def prepare(options: argparse.Namespace, made: Path) -> Study:
         folder = train_start(trained, made / "stage1", _say)
     else:
         folder = start_folder(next(iter(settings.values())), made / "start", _say)
-    return Study(options, plans, seeds, tuple(sorted(ratios)), folder)
+    return Study(options, written, seeds, tuple(sorted(ratios)), folder)
 
 
 def _settings(options: argparse.Namespace, config: str, model: str) -> PPOSettings:
@@ -137,6 +153,37 @@ def _settings(options: argparse.Namespace, config: str, model: str) -> PPOSettin
         "questions.heldout_frac=0.3",
     )
     return load_settings(PPOSettings, config, [*shared, *options.set])
+
+
+def _writers(options: argparse.Namespace) -> list[Sampler]:
+    """Who writes. Raises ValueError for other names, and for settings that they would overrule."""
+    names = options.writers.split(",")
+    if not set(names) <= {Sampler.DENSE, Sampler.GATED}:
+        raise ValueError(f"--writers is {options.writers!r}; give dense, gated or dense,gated")
+    for given in options.set:
+        if given.startswith(("episodes.sampled_by", "episodes.temperature")):
+            raise ValueError(
+                f"--set {given} has no effect here; say it with --writers and --temperature"
+            )
+    return [Sampler(name) for name in names]
+
+
+def _episodes(
+    settings: PPOSettings, writers: Sequence[Sampler], temperature: float
+) -> list[EpisodeSettings]:
+    """Of each writer: the dense model's tokens are greedy, the gated policy's drawn."""
+    return [
+        dataclasses.replace(
+            settings.episodes, sampled_by=writer, temperature=temperature if writer is Sampler.GATED else 0.0
+        )
+        for writer in writers
+    ]  # fmt: skip
+
+
+def _arm_name(config: str, episodes: EpisodeSettings) -> str:
+    if episodes.sampled_by is Sampler.DENSE:
+        return config
+    return f"{config}, gated writes at T {episodes.temperature:g}"
 
 
 def _set_device(settings: PPOSettings) -> None:
@@ -159,7 +206,7 @@ def _numbers(text: str, kind: Callable[[str], Any], name: str, wanted: str) -> l
 def run(study: Study) -> None:
     """Every configuration with every seed, one after the other."""
     loaded = _load(study.folder, next(iter(study.plans.values())).settings)
-    start, ends = keep(loaded.model), _ends(loaded)
+    start, ends = keep(loaded.model), end_tokens(loaded.model.config, loaded.tokenizer)
     for name, plan in study.plans.items():
         began = time.monotonic()
         restore(loaded.model, start)
@@ -175,7 +222,8 @@ def run(study: Study) -> None:
             pool = dataclasses.replace(plan.pool, seed=seed)  # the same questions in another order
             seeded = dataclasses.replace(plan, settings=settings, pool=pool)
             Trial(
-                name, settings, seeded, rollouts, bench, tuning, start, ends, study.options.every, study.emit, _say
+                name, settings, seeded, rollouts, bench, tuning, scoring, start, ends, study.options.every, study.emit,
+                _say,
             ).run()  # fmt: skip
             _say(f"{name} seed {seed}: {time.monotonic() - began:.1f} s in all")
 
@@ -193,14 +241,6 @@ def _load(folder: Path, settings: PPOSettings) -> LoadedModel:
         model.gradient_checkpointing_enable()
         model.train()  # the library checkpoints in training mode alone
     return loaded
-
-
-def _ends(loaded: LoadedModel) -> tuple[int, ...]:
-    """Tokens that end a continuation: those of the model's configuration and of the tokenizer."""
-    ends = loaded.model.config.eos_token_id
-    listed = ends if isinstance(ends, list) else [ends]
-    tokenizer: Any = loaded.tokenizer
-    return tuple(sorted({int(e) for e in [*listed, tokenizer.eos_token_id] if e is not None}))
 
 
 def _halves(plan: RolloutPlan, count: int) -> tuple[list[RolloutTask], list[RolloutTask]]:
@@ -222,7 +262,8 @@ def _bench(
 ) -> Bench:  # fmt: skip
     """The held-out questions with their continuations, and which ratios the model can reach."""
     settings, model = plan.settings, rollouts.model
-    rollout = settings.episodes.rollout(None, ends)
+    (episodes,) = _episodes(settings, [Sampler.DENSE], 0.0)
+    rollout = episodes.rollout(None, ends)
 
     def heldout(tasks: list[RolloutTask], samples: int) -> Heldout:
         seeds = [task.seeds[0] for task in tasks]
@@ -263,6 +304,17 @@ def _parser() -> argparse.ArgumentParser:
         "--keep", metavar="DIR", help="where a start that is made stays, to be taken again"
     )
     parser.add_argument("--configs", default="ppo_default,ppo_paper", help="settings of Stage 2")
+    parser.add_argument(
+        "--writers",
+        default="dense",
+        help="of the continuations trained on: dense, gated or both (dense)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="of the tokens that the gated policy writes (1); 0 is greedy",
+    )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--questions", type=int, default=16, help="of an update (16)")

@@ -120,9 +120,7 @@ def train(stage: Stage2) -> int:
             last = step + 1 == total
             if last or (step + 1) % stage.settings.evaluation.every_steps == 0:
                 evaluate(stage, session, step + 1)
-            stops = (
-                stage.interruption.asked
-            )  # looked at once: a signal that comes later waits a step
+            stops = stage.interruption.asked  # looked at once: a later signal waits a step
             due = stops or (step + 1) % stage.settings.checkpoint.every_steps == 0
             if last or (due and sound):
                 session.save(stage.store, step + 1, stage.state())

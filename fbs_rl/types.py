@@ -30,6 +30,15 @@ class KVPolicy(StrEnum):
     NOOP = "noop"  # no entry: later tokens cannot attend to it in this layer
 
 
+class SkippingRows(StrEnum):
+    """What a decoding step does with the rows that skip a layer. Both give the same, up to rounding."""
+
+    DROPPED = (
+        "dropped"  # left out of its products, and the layer not entered if all skip: asks the host
+    )
+    MASKED = "masked"  # computed and not taken: saves nothing, and a GPU never waits for the host
+
+
 class SkipPathKind(StrEnum):
     IDENTITY = "identity"
     ADAPTER = "adapter"

@@ -15,6 +15,7 @@ from fbs_rl.config import from_tree
 from fbs_rl.model import FBSForCausalLM
 from fbs_rl.rl.dense_continuations import write_greedily
 from fbs_rl.rl.gate_policy import GatePolicy
+from fbs_rl.rl.gated_continuations import write_gated
 from fbs_rl.rl.learner import PPOLearner
 from fbs_rl.rl.learner_settings import LearnerSettings, MismatchLimits
 from fbs_rl.rl.parallel_pass import (
@@ -29,7 +30,7 @@ from fbs_rl.rl.parallel_pass import (
 )
 from fbs_rl.rl.parallel_rollouts import ParallelRollouts
 from fbs_rl.rl.reward import Sampler, SegmentKind
-from fbs_rl.rl.rollout import EpisodeRollout, RolloutSettings, RolloutTask
+from fbs_rl.rl.rollout import EpisodeRollout, RolloutSettings, RolloutTask, gate_seed
 from fbs_rl.serving.rollouts import RolloutEngine
 from tests.engine_process import engine_process
 from tests.served_tiny import make_folder
@@ -38,6 +39,7 @@ from tests.tiny import NOOP, VOCAB, lively
 
 POLICY = GatePolicy(temperature=1.3, low=0.1, high=0.9)
 DRAWN = RolloutSettings(Sampler.DENSE, 24, policy=POLICY)
+GATED = replace(DRAWN, sampled_by=Sampler.GATED)
 THRESHOLD = RolloutSettings(Sampler.DENSE, 24, policy=None, tau=0.5)
 
 
@@ -67,6 +69,12 @@ CASES = {
     ),
     "thresholds": (THRESHOLD, {"family": "qwen3"}),
     "gold alone": (replace(DRAWN, max_new_tokens=0), {}),
+    "gated writes": (GATED, {}),
+    "gated writes, thresholds, noop, blocks, ends, more layers that always run": (
+        replace(GATED, policy=None, tau=0.5, never_skip=(2, -1), end_ids=(5, 17, 40)),
+        {**NOOP, "gate_block": 2},
+    ),
+    "gated writes, nothing asked for": (replace(GATED, max_new_tokens=0), {}),
 }
 
 
@@ -93,6 +101,9 @@ def test_episodes_are_those_of_an_engine(
             assert [getattr(ours_T, n) for n in same] == [getattr(theirs_T, n) for n in same]
             skipped.append(one.trace.skip_TL)
     assert 0.1 < np.concatenate(skipped).mean() < 0.8
+    if settings.end_ids and settings.sampled_by is Sampler.GATED:
+        ended = {len(episode.segments[0].token_ids) for episode in parallel}
+        assert len(ended) > 1  # rows that end early lie beside rows that go on
 
 
 # --- one pass over many rows ---------------------------------------------------------------------------
@@ -204,6 +215,28 @@ def test_continuations_are_the_greedy_ones_and_end_at_an_end() -> None:
     assert min(places) <= 4
 
 
+# --- what the gated policy writes ------------------------------------------------------------------------
+
+
+def test_in_16_bits_decisions_are_those_of_the_writing() -> None:
+    import copy
+
+    model = copy.deepcopy(lively()).to(torch.bfloat16)
+    tasks, settings = tiny_tasks(6, 8), replace(GATED, temperature=1.0)
+    episodes = ParallelRollouts(model, 4000).roll(tasks, settings)
+    samples = [(task.prompt_ids, seed) for task in tasks for seed in task.seeds]
+    prompts, seeds = zip(*samples, strict=True)
+    made = write_gated(model, prompts, seeds, settings, 4000)
+    for row, (episode, text) in enumerate(zip(episodes, made.texts, strict=True)):
+        own = episode.segments[0]
+        assert (own.token_ids, len(own.token_ids)) == (text.token_ids, 24)
+        np.testing.assert_array_equal(own.trace.skip_TL, made.skip_LRC[:, row].T)
+    # The pass would have decided a few of them otherwise.
+    own_seeds = [gate_seed(seed, SegmentKind.SELF) for seed in seeds]
+    decided = pass_texts(model, made.texts, drawn_gates(model.config, POLICY, own_seeds), 4000)
+    assert 0 < int((decided.skip_LRC != made.skip_LRC).sum()) < 0.01 * made.skip_LRC.numel()
+
+
 # --- as food for the learner ------------------------------------------------------------------------------
 
 
@@ -215,7 +248,8 @@ def tiny_tasks(count: int = 3, samples: int = 4) -> list[RolloutTask]:
     ]  # fmt: skip
 
 
-def test_the_learner_finds_no_mismatch_and_trains_on_them() -> None:
+@pytest.mark.parametrize("writer", [Sampler.DENSE, Sampler.GATED])
+def test_the_learner_finds_no_mismatch_and_trains_on_them(writer: Sampler) -> None:
     import copy
 
     model: FBSForCausalLM = copy.deepcopy(lively())
@@ -223,13 +257,21 @@ def test_the_learner_finds_no_mismatch_and_trains_on_them() -> None:
     learner = PPOLearner(model, from_tree(LearnerSettings, tree), 7)
     rollouts = ParallelRollouts(model, 100)
     plan = learner.plan(0)
-    settings = RolloutSettings(Sampler.DENSE, 8, policy=plan.policy, never_skip=plan.never_skip)
+    settings = RolloutSettings(
+        writer, 8, float(writer is Sampler.GATED), policy=plan.policy, never_skip=plan.never_skip
+    )
     episodes = rollouts.roll(tiny_tasks(), settings)
     exact = MismatchLimits(tokens=20, logp_max=1e-4, kl=1e-9, flip_frac=0.0)
     assert learner.self_test(episodes, exact).flip_rate == 0
     metrics = learner.update(episodes, 0)
     assert metrics["train/optimizer_steps"] == 2 and metrics["mismatch/flip_rate"] == 0
     again = rollouts.roll(tiny_tasks(), settings)
+    if writer is Sampler.GATED:
+        assert any(
+            a.segments[0].token_ids != b.segments[0].token_ids
+            for a, b in zip(episodes, again, strict=True)
+        )
+        return
     dense = [[s.nll_dense_N.tolist() for s in e.segments] for e in (*episodes, *again)]
     assert dense[: len(episodes)] == dense[len(episodes) :]
     moved = [
@@ -257,12 +299,13 @@ def test_dense_nlls_are_kept_until_they_are_forgotten() -> None:
 
 def test_what_cannot_work_is_refused() -> None:
     rollouts, tasks = ParallelRollouts(lively(), 100), tiny_tasks()
-    with pytest.raises(ValueError, match='sampled_by is "gated"'):
-        rollouts.roll(tasks, RolloutSettings(Sampler.GATED, 8))
-    with pytest.raises(ValueError, match=r"temperature is 0\.7; parallel rollouts write greedily"):
+    with pytest.raises(
+        ValueError, match=r"temperature is 0\.7; .* the dense model writes greedily"
+    ):
         rollouts.roll(tasks, RolloutSettings(Sampler.DENSE, 8, 0.7))
-    with pytest.raises(ValueError, match="context is 128; leave the question out"):
-        rollouts.roll(tasks, RolloutSettings(Sampler.DENSE, 126))
+    for writer in (Sampler.DENSE, Sampler.GATED):
+        with pytest.raises(ValueError, match="context is 128; leave the question out"):
+            rollouts.roll(tasks, RolloutSettings(writer, 126))
     alien = RolloutTask("alien", (3, VOCAB), (1, 2), (0,))
     with pytest.raises(ValueError, match=f"question alien has a token beyond .* of {VOCAB}"):
         rollouts.roll([alien], DRAWN)
@@ -273,7 +316,7 @@ def test_what_cannot_work_is_refused() -> None:
 
 def test_segments_are_what_the_parallel_pass_of_one_row_says(tmp_path: Path) -> None:
     model = make_folder(tmp_path / "model")
-    for settings in (DRAWN, THRESHOLD):
+    for settings in (DRAWN, THRESHOLD, replace(GATED, temperature=0.8)):
         episodes = ParallelRollouts(model, 300).roll(make_tasks(4), settings)
         assert [line for e in episodes for line in differences(model, e, settings)] == []
         assert {s.kind for e in episodes for s in e.segments} == set(SegmentKind)

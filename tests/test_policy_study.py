@@ -1,38 +1,28 @@
-"""The study of skip policies: its figures against the reward's own code, its curves, its table, the whole command."""
+"""The study of skip policies: its figures against the reward's own code, its curves, its tables."""
 
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from fbs_rl.config import from_tree
-from fbs_rl.model import FBSConfig
-from fbs_rl.policy_study import main
 from fbs_rl.rl.credit import score_episode
 from fbs_rl.rl.gate_policy import GatePolicy
 from fbs_rl.rl.heldout_points import FIGURES, Heldout, Point, measure_point, own_dense, skip_of
+from fbs_rl.rl.paired_bootstrap import paired_difference, paired_ratio_difference
 from fbs_rl.rl.parallel_pass import drawn_gates, threshold_gates
 from fbs_rl.rl.parallel_rollouts import ParallelRollouts
 from fbs_rl.rl.policy_trial import keep, restore
 from fbs_rl.rl.reward import RewardSettings, Sampler, SegmentKind
 from fbs_rl.rl.rollout import RolloutSettings, RolloutTask
-from fbs_rl.rl.skip_curves import Bench, at_skip, paired_difference
+from fbs_rl.rl.skip_curves import Bench, at_skip
 from fbs_rl.rl.study_table import study_tables
-from tests.served_tiny import make_folder
-from tests.small_questions import write_questions
-from tests.small_tokenizer import saveable_tokenizer
 from tests.tiny import LAYERS, NOOP, VOCAB, enliven, fresh, lively
-from tests.tiny_training import make_backbone, make_shards, settings_tree
 
 POLICY = GatePolicy(low=0.1, high=0.9)
 REWARD = RewardSettings(beta=0.3, lam=0.2)
@@ -199,6 +189,16 @@ def test_paired_differences_forget_what_questions_have_in_common() -> None:
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.1 * half)
 
 
+def test_differences_of_ratios_weigh_questions_by_their_tokens() -> None:
+    one = np.array([2.0, 9.0]), np.array([1.0, 9.0])
+    other = np.array([1.0, 0.0]), np.array([2.0, 2.0])
+    mean, low, high = paired_ratio_difference(one, other)
+    assert mean == pytest.approx(11 / 10 - 1 / 4)
+    # Resamples of two questions: either twice (2 − 1/2, 1 − 0), or each once.
+    assert (low, high) == pytest.approx((0.85, 1.5))
+    assert paired_ratio_difference(one, one) == (0, 0, 0)
+
+
 # --- the table --------------------------------------------------------------------------------------------
 
 
@@ -224,122 +224,22 @@ def test_the_table_has_means_ranges_and_the_widest_interval() -> None:
     reference = next(row for row in table.splitlines() if row.startswith("| 20% | no-RL |"))
     assert reference.endswith("|  |  |")
     assert "c, seed 1: stopped after 3 updates: gates collapsed" in table
+    assert "that the gated model writes" not in table
 
 
-# --- the command --------------------------------------------------------------------------------------------
+def test_the_table_of_own_text() -> None:
+    def own(seed: int, arm: str, kl: float, minus: Any) -> dict[str, Any]:
+        return {
+            "kind": "own", "config": "c", "seed": seed, "step": 0, "arm": arm, "asked": 0.2, "skip": 0.21,
+            "tokens": 40.0, "nll_gated": 1.0, "nll_dense": 1.0 + kl, "reverse_kl": kl, "minus_no_rl": minus,
+        }  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    make_folder(folder / "model", "qwen3", vocab=300)
-    saveable_tokenizer(size=300).save_pretrained(folder / "model")
-    write_questions(folder / "questions.jsonl", 60)
-    return folder
-
-
-def words(root: Path, out: Path, *more: str) -> list[str]:
-    return [
-        "--model", str(root / "model"), "--updates", "2", "--questions", "4", "--samples", "3", "--tokens", "6",
-        "--heldout", "12", "--ratios", "0.1,0.2", "--every", "1", "--device", "cpu", "--batch", "2000",
-        "--out", str(out), "--set", f"questions.sources=[{root}/questions.jsonl]",
-        "--set", "learner.lr_gates=0.01", "--set", "learner.epochs=1", "--set", "fleet.max_model_len=512", *more,
+    rows = [own(seed, "no-RL", 0.3, None) for seed in (0, 1)]
+    rows += [own(0, "PPO", 0.1, {"reverse_kl": (-0.2, -0.3, -0.1)})]
+    rows += [own(1, "PPO", 0.2, {"reverse_kl": (-0.1, -0.2, 0.05)})]
+    table = study_tables(rows)
+    line = next(row for row in table.splitlines() if row.startswith("| 20% | PPO |"))
+    assert [cell.strip() for cell in line.split("|")][3:-1] == [
+        "2", "0.2100 (0.2100 to 0.2100)", "40.0 (40.0 to 40.0)", "1.0000 (1.0000 to 1.0000)",
+        "1.1500 (1.1000 to 1.2000)", "+0.1500 (0.1000 to 0.2000)", "-0.1500 [-0.3000, +0.0500]",
     ]  # fmt: skip
-
-
-def test_a_study_of_two_updates(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "rows.jsonl"
-    assert main(words(root, out, "--seeds", "0,1")) == 0
-    printed = capsys.readouterr().out
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    trials = {(row["config"], row["seed"]) for row in rows}
-    assert trials == {(c, s) for c in ("ppo_default", "ppo_paper") for s in (0, 1)}
-    updates = [row for row in rows if row["kind"] == "update"]
-    assert len(updates) == 8 and max(row["mismatch/flip_rate"] for row in updates) == 0
-    assert max(row["mismatch/logp_max"] for row in updates) < 1e-3
-    equal_rows = [row for row in rows if row["kind"] == "equal"]
-    arms = {row["arm"] for row in equal_rows}
-    assert arms >= {"no-RL", "no-RL drawn", "PPO", "PPO drawn", "random", "static", "no-RL layer rates"}  # fmt: skip
-    assert all(row["skip"] == pytest.approx(row["asked"]) for row in equal_rows)
-    assert len(equal_rows) == 4 * 2 * len(arms)  # nothing is missing at any ratio
-    # Every trial begins with the same gates on the same questions, whatever the one before did to them.
-    for config in ("ppo_default", "ppo_paper"):
-        starts = [
-            [row["dnll_gold"] for row in equal_rows if (row["config"], row["seed"], row["arm"]) == (config, s, "no-RL")]
-            for s in (0, 1)
-        ]  # fmt: skip
-        assert starts[0] == starts[1] and len(starts[0]) == 2
-    moved = [row["minus_no_rl"]["dnll_gold"][0] for row in equal_rows if row["arm"] == "PPO"]
-    assert any(abs(value) > 1e-6 for value in moved)
-    assert printed.count("at equal measured skip") == 2 and "| 20% | PPO |" in printed
-    assert main(["--table", str(out)]) == 0
-    assert capsys.readouterr().out == printed
-
-
-def test_a_start_is_trained_first_and_taken_again(root: Path, tmp_path: Path) -> None:
-    """In processes of their own: DeepSpeed joins a process group for good."""
-    make_backbone(tmp_path / "backbone")
-    make_shards(tmp_path / "shards")
-    tree = settings_tree(tmp_path, phases__steps=2)
-    del tree["data"], tree["model"]["backbone"]
-    (tmp_path / "shared.yaml").write_text(yaml.safe_dump(tree))
-    given = words(root, tmp_path / "rows.jsonl", "--seeds", "0", "--configs", "ppo_default")[2:]
-    given[given.index("fleet.max_model_len=512")] = "fleet.max_model_len=256"
-    given += [
-        "--stage1", str(tmp_path / "shards"), "--stage1-config", str(tmp_path / "shared.yaml"), "--stage1-set",
-        "phases.observe_frac=0.0", "--backbone", str(tmp_path / "backbone"), "--keep", str(tmp_path / "kept"),
-        "--set", "questions.max_prompt_tokens=128",
-    ]  # fmt: skip
-    said = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-m", "fbs_rl.policy_study", *given], capture_output=True, text=True, timeout=300
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        said.append(done.stderr)
-    assert "stage 1: 2/2 loss" in said[0] and "which is there already" in said[1]
-    assert FBSConfig.from_pretrained(tmp_path / "kept" / "stage1").gates_origin == "trained"
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    figures = [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows]
-    assert (
-        figures[: len(rows) // 2] == figures[len(rows) // 2 :]
-    )  # the same start, the same numbers
-
-
-@pytest.mark.parametrize(
-    ("more", "sentence"),
-    [
-        (["--stage1", "data"], "give --model or --stage1, exactly one of them"),
-        (["--heldout", "50"], "questions out and 50 are wanted; lower --heldout"),
-        (["--seeds", "a"], "--seeds is 'a'; give whole numbers"),
-        (["--ratios", "0.2,1.5"], "shares of layers lie between 0 and 1"),
-        (["--ratios", "0.99"], "layers may skip, fewer than any of --ratios"),
-        (["--set", "episodes.sampled_by=gated"], 'sampled_by is "gated"'),
-        (["--set", "learner.rate=1"], "unknown key learner.rate"),
-        (["--configs", "ppo_other"], "no such settings file"),
-        (["--batch", "0"], "batch_tokens is 0"),
-        (["--every", "0"], "--every is 0"),
-    ],
-)
-def test_mistakes_are_one_sentence(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
-) -> None:
-    assert main(words(root, tmp_path / "rows.jsonl", *more)) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert sentence in said[-1] and said[-1].startswith("policy_study: ")
-    assert not (tmp_path / "rows.jsonl").exists()
-
-
-def test_nothing_of_a_cluster_is_imported() -> None:
-    code = (
-        "import sys\n"
-        "for name in ('ray', 'vllm', 'gymnasium', 'wandb', 'deepspeed', 'pkuseg', 'matplotlib'):\n"
-        "    sys.modules[name] = None\n"
-        "import fbs_rl.policy_study"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-    )
-    assert found.returncode == 0, found.stderr

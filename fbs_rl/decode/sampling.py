@@ -5,10 +5,14 @@ Letters: B rows, V vocabulary.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from fbs_rl.decode.graph_decoder import Sampler
 from fbs_rl.model.skip_gate import gate_uniform
+
+if TYPE_CHECKING:
+    from fbs_rl.decode.graph_decoder import Sampler
 
 _PURPOSE = 0x5A317  # keeps these draws apart from those of layers
 

@@ -21,7 +21,7 @@ from fbs_rl.model.sequence_pass import PassResult, Tokens, run_sequence
 from fbs_rl.model.skip_gate import SkipGate
 from fbs_rl.model.skip_path import SkipAdapter, SkipIdentity
 from fbs_rl.model.step_pass import run_step
-from fbs_rl.types import GateMode, GateRequest, PassTaps
+from fbs_rl.types import GateMode, GateRequest, PassTaps, SkippingRows
 
 NEW_MODULES = (
     PreviewHead,
@@ -124,8 +124,12 @@ class FBSModel(FBSPreTrainedModel):
         window_temperature: float | None = None,
         cache: FBSCache | None = None,
         keep_states: bool = False,
+        skipping: SkippingRows = SkippingRows.DROPPED,
     ) -> PassResult:
-        """All tokens of a call: in parallel where nothing of a cache is behind them, else step by step."""
+        """All tokens of a call: in parallel where nothing of a cache is behind them, else step by step.
+
+        skipping: of those steps.
+        """
         temperature = (
             self.config.paw_temperature if window_temperature is None else window_temperature
         )
@@ -149,7 +153,7 @@ class FBSModel(FBSPreTrainedModel):
             raise ValueError(
                 "document_ids is for whole packed sequences; with a cache feed one document a row"
             )
-        result = self._run_cached(tokens, decider, temperature, cache)
+        result = self._run_cached(tokens, decider, temperature, cache, skipping)
         cache.columns += length
         following_B = (position_BT + 1 if valid_BT is None else (position_BT + 1) * valid_BT).amax(
             1
@@ -161,16 +165,15 @@ class FBSModel(FBSPreTrainedModel):
         return result
 
     def _run_cached(
-        self, tokens: Tokens, decider: Decider, temperature: float, cache: FBSCache
-    ) -> PassResult:
+        self, tokens: Tokens, decider: Decider, temperature: float, cache: FBSCache, skipping: SkippingRows
+    ) -> PassResult:  # fmt: skip
         """The prompt's leading columns, in which no gate acts, at once; what follows a column at a time."""
         length = tokens.position_BT.shape[1]
-        active = bool(decider.gated_BT.any()) and decider.request.mode is not GateMode.DENSE
         prompt = length
-        if active:
-            prompt = int(decider.gated_BT.any(0).long().argmax())
         if cache.columns > 0:
             prompt = 0
+        elif decider.request.mode is not GateMode.DENSE and bool(decider.gated_BT.any()):
+            prompt = int(decider.gated_BT.any(0).long().argmax())
         parts = []
         if prompt:
             parts.append(
@@ -185,9 +188,9 @@ class FBSModel(FBSPreTrainedModel):
         for t in range(prompt, length):
             parts.append(
                 run_step(
-                    self, _columns(tokens, t, t + 1), _narrow(decider, t, t + 1), temperature, cache
+                    self, _columns(tokens, t, t + 1), _narrow(decider, t, t + 1), temperature, cache, skipping
                 )
-            )
+            )  # fmt: skip
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def _positions(

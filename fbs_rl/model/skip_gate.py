@@ -21,7 +21,8 @@ class Motion:
 
     @staticmethod
     def still(batch: int, length: int, device: torch.device) -> Tensor:
-        return torch.tensor([0.0, 1.0], device=device).expand(batch, length, 2)
+        # Counted on the device: a copy to it would wait for it.
+        return torch.arange(2, dtype=torch.float32, device=device).expand(batch, length, 2)
 
     @staticmethod
     def between(before_BTd: Tensor, after_BTd: Tensor) -> Tensor:

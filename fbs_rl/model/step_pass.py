@@ -1,7 +1,8 @@
 """One decoding step with a cache, in which a skipped layer is really not run.
 
 A layer that all rows skip is not entered; where some rows skip, theirs are dropped from the layer's
-products. Decisions, injections and skip paths are the functions of the parallel pass on [B, 1] tokens.
+products. Where many rows share a GPU, which would wait for the host at each layer, they can be masked
+instead (SkippingRows). Decisions, injections and skip paths are the functions of the parallel pass on [B, 1] tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from fbs_rl.model.layer import FBSLayer, Rope, unit_norm
 from fbs_rl.model.preview import Glance
 from fbs_rl.model.sequence_pass import PassResult, Tokens, look_ahead
 from fbs_rl.model.skip_gate import Motion
-from fbs_rl.types import B_LABEL, I_LABEL, ChunkTap, GateMode, KVPolicy, PassTaps
+from fbs_rl.types import (
+    B_LABEL,
+    I_LABEL,
+    ChunkTap,
+    GateMode,
+    KVPolicy,
+    PassTaps,
+    SkippingRows,
+)
 
 if TYPE_CHECKING:
     from fbs_rl.model.modeling import FBSModel
@@ -31,9 +40,10 @@ if TYPE_CHECKING:
 class _Chunks:
     """What the chunk layers of one step share.
 
-    used: slots of their rings that any row has written. column_B1C: of the null slot and these, as in
+    used: slots of their rings that any row may have written. column_B1C: of the null slot and these, as in
     bias_columns. written_BC1: which of them a row has written (None: all). finished_F: rows whose open
-    chunk closes, with its slot_F and size_F1. kept_B1: 0 where a new chunk begins, else 1.
+    chunk closes, with its slot_F and size_F1; or all rows, and closing_F1 says which. kept_B1: 0 where a new
+    chunk begins, else 1.
     """
 
     used: int
@@ -43,6 +53,7 @@ class _Chunks:
     slot_F: Tensor
     size_F1: Tensor
     kept_B1: Tensor
+    closing_F1: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -53,6 +64,7 @@ class _Step:
     none_B1: Tensor  # z of a layer that nobody can skip, and its probability
     never_B1: Tensor
     gates_act: bool  # a dense step, the baseline of every comparison, computes no gate
+    skipping: SkippingRows
     moved: tuple[Tensor, Tensor] | None = None  # states around a layer, not yet in motion_B12
     glance: Glance | None = None
     chunks: _Chunks | None = None
@@ -67,20 +79,23 @@ class _Step:
 
 
 def run_step(
-    model: FBSModel, tokens: Tokens, decider: Decider, window_temperature: float, cache: FBSCache
-) -> PassResult:
+    model: FBSModel, tokens: Tokens, decider: Decider, window_temperature: float, cache: FBSCache,
+    skipping: SkippingRows = SkippingRows.DROPPED,
+) -> PassResult:  # fmt: skip
     """Feed one token a row (tokens hold [B, 1]) and extend the cache by it."""
     state = tokens.state_BTd
     batch = state.shape[0]
     gates_act = decider.request.mode in (GateMode.THRESHOLD, GateMode.SAMPLE)
     none_B1 = torch.zeros_like(decider.gated_BT)
-    step = _Step(Motion.still(batch, 1, state.device), none_B1, none_B1.float(), gates_act)
+    still = Motion.still(batch, 1, state.device)
+    step = _Step(still, none_B1, none_B1.float(), gates_act, skipping)
+    passes = _pass_masked if skipping is SkippingRows.MASKED else _pass_layer
     taps = PassTaps(gated_BT=decider.gated_BT, valid_BT=tokens.valid_BT)
     for layer in model.fbs_layers():
         normed = unit_norm(state, model.config.rms_norm_eps)
         _look(model, layer, normed, tokens, step, taps, window_temperature, cache)
         skip = _decide(layer, normed, decider, step)
-        state = _pass_layer(model, layer, state, normed, skip, tokens, step, cache)
+        state = passes(model, layer, state, normed, skip, tokens, step, cache)
         if layer.chunk_reader is not None:
             _extend_chunks(
                 layer.chunk_reader,
@@ -107,7 +122,10 @@ def _look(
             cache.chunks = ChunkState.empty(normed.shape[0], normed.device)
         before_B1 = cache.chunks.closed_B.unsqueeze(1)
         closes_B = _closes(cache.chunks, logits[:, 0].argmax(-1), tokens.valid_BT)
-        step.chunks = _plan_chunks(model.config, cache.chunks, closes_B)
+        if step.skipping is SkippingRows.MASKED:
+            step.chunks = _plan_masked_chunks(model.config, cache, cache.chunks, closes_B)
+        else:
+            step.chunks = _plan_chunks(model.config, cache.chunks, closes_B)
         _advance_chunks(cache.chunks, closes_B, tokens.valid_BT)
         taps.chunks = ChunkTap(
             logits, blank, close_probability(logits), closes_B.unsqueeze(1), before_B1
@@ -160,6 +178,48 @@ def _pass_layer(
     return result
 
 
+def _pass_masked(
+    model: FBSModel, layer: FBSLayer, state: Tensor, normed: Tensor, skip_B: Tensor | None, tokens: Tokens,
+    step: _Step, cache: FBSCache,
+) -> Tensor:  # fmt: skip
+    """The layer for all rows and the skip path for all rows, of which each row takes its own."""
+    injected = _inject(layer, state, normed, None, step, cache)
+    normed_in = layer.input_norm(injected, state, normed)
+    key_in, exists = normed_in, tokens.valid_BT
+    skip_B11 = None if skip_B is None else skip_B.view(-1, 1, 1)
+    if skip_B11 is not None and injected is not state:
+        key_in = torch.where(skip_B11, layer.input_norm(state, state, normed), normed_in)
+    if skip_B11 is not None and model.config.kv_on_skip == KVPolicy.NOOP:
+        ran = ~skip_B11[:, 0]
+        exists = ran if exists is None else ran & exists
+    kv = cache.layers[layer.index]
+    kv.append(*_blanked(*layer.keys_values(key_in, tokens.rope), tokens.valid_BT), exists)
+    query = layer.queries(normed_in, tokens.rope)[:, :, 0]
+    attended = attend_step(query, *kv.view(), layer.self_attn.scaling).unsqueeze(1)
+    executed = layer.finish(injected, attended)
+    if skip_B11 is None:
+        step.moved = (state, executed)
+        return executed
+    if step.gates_act:
+        moved = Motion.between(state, executed)
+        step.motion_B12 = torch.where(skip_B11, step.motion(), moved)
+    return torch.where(skip_B11, layer.skip_path(state, normed), executed)
+
+
+def _inject(
+    layer: FBSLayer, rows_state: Tensor, normed: Tensor, rows: Tensor | None, step: _Step, cache: FBSCache
+) -> Tensor:  # fmt: skip
+    """h̃ of these rows (None: all); rows_state, their h, itself where nothing is added."""
+    injected = rows_state
+    if layer.paw is not None:
+        assert step.glance is not None
+        injected = layer.paw.inject(injected, _rows(step.glance.pooled_BTE, rows))
+    if layer.chunk_reader is not None:
+        ring = _ring(layer, normed, cache)
+        injected = injected + _read_chunks(layer.chunk_reader, normed, step.chunks, ring, rows)
+    return injected
+
+
 def _execute(
     layer: FBSLayer, state: Tensor, normed: Tensor, run_rows: Tensor | None, project_rows: Tensor | None,
     tokens: Tokens, step: _Step, cache: FBSCache,
@@ -170,14 +230,7 @@ def _execute(
     """
     batch = state.shape[0]
     rows_state = _rows(state, run_rows)
-    injected = rows_state
-    if layer.paw is not None:
-        assert step.glance is not None
-        injected = layer.paw.inject(injected, _rows(step.glance.pooled_BTE, run_rows))
-    if layer.chunk_reader is not None:
-        injected = injected + _read_chunks(
-            layer.chunk_reader, normed, step.chunks, _ring(layer, normed, cache), run_rows
-        )
+    injected = _inject(layer, rows_state, normed, run_rows, step, cache)
     normed_in = layer.input_norm(injected, rows_state, _rows(normed, run_rows))
     rope = _rope_rows(tokens.rope, run_rows)
     query = layer.queries(normed_in, rope)[:, :, 0]
@@ -254,6 +307,27 @@ def _plan_chunks(config: FBSConfig, chunks: ChunkState, closes_B: Tensor) -> _Ch
     )
 
 
+def _plan_masked_chunks(
+    config: FBSConfig, cache: FBSCache, chunks: ChunkState, closes_B: Tensor
+) -> _Chunks:
+    """The plan without a look at the device: slots that may be written, and all rows, some of which close a chunk."""
+    used = min(cache.columns, config.chunk_cache)
+    slot_C = torch.arange(used, device=closes_B.device)
+    closed_B11 = chunks.closed_B.view(-1, 1, 1)
+    written_B1C = slot_C < closed_B11
+    distance_B1C = (closed_B11 - 1 - slot_C) % config.chunk_cache
+    return _Chunks(
+        used,
+        bias_columns(distance_B1C, written_B1C, config.chunk_distance_buckets, config.chunk_cache),
+        written_B1C.transpose(1, 2),
+        torch.arange(len(closes_B), device=closes_B.device),
+        chunks.closed_B % config.chunk_cache,
+        chunks.open_size_B.clamp_min(1).unsqueeze(-1),
+        (~closes_B).float().unsqueeze(-1),
+        (closes_B & (chunks.open_size_B > 0)).unsqueeze(-1),
+    )
+
+
 def _advance_chunks(chunks: ChunkState, closes_B: Tensor, valid_B1: Tensor | None) -> None:
     """Count the chunk that this token closes and the token itself."""
     chunks.closed_B = chunks.closed_B + (closes_B & (chunks.open_size_B > 0))
@@ -298,8 +372,13 @@ def _extend_chunks(
     rows, slot = chunks.finished_F, chunks.slot_F
     if len(rows):
         summary = reader.summarise((ring.open_sum_Bd[rows] / chunks.size_F1).to(normed.dtype))
-        ring.key_BCW[rows, slot] = reader.key(summary)
-        ring.value_BCW[rows, slot] = reader.value(summary)
+        for held_BCW, made in (
+            (ring.key_BCW, reader.key(summary)),
+            (ring.value_BCW, reader.value(summary)),
+        ):
+            if chunks.closing_F1 is not None:
+                made = torch.where(chunks.closing_F1, made, held_BCW[rows, slot])
+            held_BCW[rows, slot] = made
     added = normed[:, 0].float()
     if valid_B1 is not None:
         added = torch.where(valid_B1, added, 0.0)

@@ -8,13 +8,14 @@ Shape letters: B rows, T tokens of the prompts, padded on the left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fbs_rl.model.kv_cache import FBSCache
 from fbs_rl.model.modeling import FBSForCausalLM
+from fbs_rl.rl.replay import batches_by_length
 
 _Key = tuple[tuple[int, ...], int, tuple[int, ...]]
 
@@ -31,24 +32,13 @@ class DenseContinuations:
     ) -> list[tuple[int, ...]]:
         """The continuation of each prompt: up to max_new_tokens, the token that ends it included."""
         keys = [(prompt, max_new_tokens, end_ids) for prompt in prompts]
-        missing = sorted(
-            {key for key in keys if key not in self._kept}, key=lambda key: len(key[0])
-        )
-        for part in self._cut(missing, max_new_tokens):
+        missing = [key for key in dict.fromkeys(keys) if key not in self._kept]
+        length = {place: len(key[0]) + max_new_tokens for place, key in enumerate(missing)}
+        for places in batches_by_length(length, self._batch_tokens):
+            part = [missing[place] for place in places]
             rows = write_greedily(self._model, [key[0] for key in part], max_new_tokens, end_ids)
             self._kept.update(zip(part, rows, strict=True))
         return [self._kept[key] for key in keys]
-
-    def _cut(self, keys: Sequence[_Key], max_new_tokens: int) -> Iterable[list[_Key]]:
-        """In batches; the last key of each is its longest."""
-        batch: list[_Key] = []
-        for key in keys:
-            if batch and (len(batch) + 1) * (len(key[0]) + max_new_tokens) > self._batch_tokens:
-                yield batch
-                batch = []
-            batch.append(key)
-        if batch:
-            yield batch
 
 
 @torch.no_grad()
@@ -57,7 +47,7 @@ def write_greedily(
 ) -> list[tuple[int, ...]]:  # fmt: skip
     """Greedy continuations with nothing skipped, in one batch."""
     device = model.model.embed_tokens.weight.device
-    feed_BT, mask_BT = (part.to(device) for part in _padded(prompts))
+    feed_BT, mask_BT = (part.to(device) for part in left_padded(prompts))
     cache = FBSCache(model.config.layer_count)
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -73,7 +63,8 @@ def write_greedily(
     return [_until_end(row, end_ids) for row in torch.cat(made, dim=1).tolist()]
 
 
-def _padded(prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+def left_padded(prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """(ids [B, T], attention mask [B, T]), on the CPU."""
     width = max(map(len, prompts))
     ids_BT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     length_B1 = torch.tensor([[len(prompt)] for prompt in prompts])

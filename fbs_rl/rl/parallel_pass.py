@@ -158,6 +158,21 @@ def fixed_gates(config: FBSConfig, rate_L: Tensor, seed: int = 0) -> Gates:
     return request
 
 
+def replayed_gates(skip_LRC: Tensor, never_skip: Sequence[int] = ()) -> Gates:
+    """What was executed is executed again. skip_LRC: columns of every row of the texts, False where it has none."""
+
+    def request(batch: TextBatch) -> GateRequest:
+        place_BC, acted_BC = batch.place_BN[:, 1:], batch.scored_BN[:, 1:]
+        layers, columns = len(skip_LRC), place_BC.shape[1]
+        skip_LBC = skip_LRC[:, list(batch.rows), :columns] & acted_BC
+        skip_LBT = skip_LBC.new_zeros(layers, *batch.ids_BT.shape)
+        # Columns that a row has not are False and go to place 0, a token of the prompt.
+        skip_LBT.scatter_(2, place_BC.expand(layers, -1, -1), skip_LBC)
+        return _request(batch, GateMode.REPLAY, skip_LBT=skip_LBT, never_skip=never_skip)
+
+    return request
+
+
 def _request(
     batch: TextBatch, mode: GateMode, tau: float = 1.0, never_skip: Sequence[int] = (),
     skip_LBT: Tensor | None = None, noise_LBT: Tensor | None = None,

@@ -1,8 +1,12 @@
-"""Rollouts without an engine: dense-written episodes through the parallel pass of the model that learns.
+"""Rollouts without an engine: episodes through the parallel pass of the model that learns.
 
-What fbs_rl.serving.rollouts makes, with the same draws, where nothing is written by the gated policy: tokens are
-known before gates act on them, so one pass over all rows takes the place of decoding. In float32 both give the same
-tokens and skips; nothing is saved by skipping here, which makes it a tool for studies, not for serving.
+What fbs_rl.serving.rollouts makes, with the same gate draws. Where tokens are known before gates act on them, one
+pass over all rows takes the place of decoding. What the gated policy writes is decoded by the model's cached forward,
+and then passed again with the skips that were executed: probabilities and NLLs are those of the pass, decisions those
+of the writing. In float32 they agree; in 16 bits a few of them would be decided otherwise on the pass's own
+probabilities, which the learner's mismatch figures count.
+In float32 engines give the same skips, and the same tokens where they are greedy. A tool for studies, not for serving:
+parallel passes save nothing by skipping.
 """
 
 from __future__ import annotations
@@ -15,12 +19,14 @@ import numpy as np
 from fbs_rl.gate_trace import GateTrace
 from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.rl.dense_continuations import DenseContinuations
+from fbs_rl.rl.gated_continuations import write_gated
 from fbs_rl.rl.parallel_pass import (
+    Gates,
     GivenText,
-    PassedTexts,
     dense_gates,
     drawn_gates,
     pass_texts,
+    replayed_gates,
     threshold_gates,
 )
 from fbs_rl.rl.reward import Sampler, SegmentKind
@@ -41,11 +47,22 @@ class _Row:
     task: RolloutTask
     sample: int
     kind: SegmentKind
+    sampled_by: Sampler
     text: GivenText
 
     @property
     def seed(self) -> int:
-        return gate_seed(self.task.seeds[self.sample], self.kind)
+        return self.task.seeds[self.sample]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """As an engine counts them: to it a text that is scored is all prompt."""
+        written = self.sampled_by is Sampler.GATED
+        return len(self.text.prompt_ids) + (0 if written else len(self.text.token_ids))
+
+
+_Place = tuple[int, int, SegmentKind]
+"""Where a segment belongs: task, sample, kind."""
 
 
 class ParallelRollouts:
@@ -75,29 +92,31 @@ class ParallelRollouts:
         self.check(tasks, settings)
         if not tasks:
             return []
-        texts = self.texts(tasks, settings)
-        rows = [
-            _Row(place, task, sample, kind, text)
-            for place, (task, segments) in enumerate(zip(tasks, texts, strict=True))
-            for sample in range(len(task.seeds))
-            for kind, text in segments.items()
+        found = self._read(tasks, settings)
+        if settings.sampled_by is Sampler.GATED and settings.max_new_tokens:
+            found |= self._write(tasks, settings)
+        return [
+            EpisodeRollout(
+                task.question_id,
+                sample,
+                seed,
+                self.version,
+                tuple(
+                    found[place, sample, kind]
+                    for kind in (SegmentKind.SELF, SegmentKind.GOLD)
+                    if (place, sample, kind) in found
+                ),
+            )
+            for place, task in enumerate(tasks)
+            for sample, seed in enumerate(task.seeds)
         ]
-        config, never_skip = self.model.config, settings.never_skip
-        if settings.policy is None:
-            gates = threshold_gates(settings.tau, never_skip)
-        else:
-            seeds = [row.seed for row in rows]
-            gates = drawn_gates(config, settings.policy, seeds, never_skip)
-        given = [row.text for row in rows]
-        found = pass_texts(self.model, given, gates, self.batch_tokens).cpu()
-        return self._episodes(rows, found, self.dense_nll(given))
 
     def texts(
         self, tasks: Sequence[RolloutTask], settings: RolloutSettings
     ) -> list[dict[SegmentKind, GivenText]]:
-        """The segments of each task: the dense model's continuation, if any is asked for, and the gold answer."""
+        """What is known of each task before gates act: the gold answer, and what the dense model writes if it does."""
         written: Sequence[tuple[int, ...] | None] = [None] * len(tasks)
-        if settings.max_new_tokens:
+        if settings.max_new_tokens and settings.sampled_by is Sampler.DENSE:
             prompts = [task.prompt_ids for task in tasks]
             written = self.continuations.of(prompts, settings.max_new_tokens, settings.end_ids)
         made = []
@@ -109,29 +128,79 @@ class ParallelRollouts:
 
     def dense_nll(self, texts: Sequence[GivenText]) -> list[np.ndarray]:
         """NLLs [N] of each text with nothing skipped, float64, nats; kept until forget_dense."""
-        missing = list(dict.fromkeys(text for text in texts if text not in self._dense))
-        if missing:
-            found = pass_texts(self.model, missing, dense_gates(), self.batch_tokens).cpu()
-            for text, nll_N in zip(missing, found.nll_RN.double().numpy(), strict=True):
-                self._dense[text] = nll_N[: len(text.token_ids)].copy()
+        self._dense |= self._passed_densely([text for text in texts if text not in self._dense])
         return [self._dense[text] for text in texts]
 
-    def _episodes(
-        self, rows: Sequence[_Row], found: PassedTexts, dense: Sequence[np.ndarray]
-    ) -> list[EpisodeRollout]:
+    def _passed_densely(self, texts: Sequence[GivenText]) -> dict[GivenText, np.ndarray]:
+        distinct = list(dict.fromkeys(texts))
+        if not distinct:
+            return {}
+        found = pass_texts(self.model, distinct, dense_gates(), self.batch_tokens)
+        nll_RN = found.nll_RN.double().cpu().numpy()
+        return {
+            text: nll_N[: len(text.token_ids)].copy()
+            for text, nll_N in zip(distinct, nll_RN, strict=True)
+        }
+
+    def _read(
+        self, tasks: Sequence[RolloutTask], settings: RolloutSettings
+    ) -> dict[_Place, SegmentRollout]:
+        """The segments whose text is known before gates act."""
+        sampler = {SegmentKind.GOLD: Sampler.GIVEN, SegmentKind.SELF: Sampler.DENSE}
+        rows = [
+            _Row(place, task, sample, kind, sampler[kind], text)
+            for place, (task, known) in enumerate(
+                zip(tasks, self.texts(tasks, settings), strict=True)
+            )
+            for sample in range(len(task.seeds))
+            for kind, text in known.items()
+        ]
+        if settings.policy is None:
+            gates = threshold_gates(settings.tau, settings.never_skip)
+        else:
+            seeds = [gate_seed(row.seed, row.kind) for row in rows]
+            gates = drawn_gates(self.model.config, settings.policy, seeds, settings.never_skip)
+        return self._segments(rows, gates, self.dense_nll([row.text for row in rows]))
+
+    def _write(
+        self, tasks: Sequence[RolloutTask], settings: RolloutSettings
+    ) -> dict[_Place, SegmentRollout]:
+        """The segments that the gated policy writes, one of each sample."""
+        asked = [
+            (place, task, sample)
+            for place, task in enumerate(tasks)
+            for sample in range(len(task.seeds))
+        ]
+        prompts = [task.prompt_ids for _, task, _ in asked]
+        seeds = [task.seeds[sample] for _, task, sample in asked]
+        made = write_gated(self.model, prompts, seeds, settings, self.batch_tokens)
+        rows = [
+            _Row(*where, SegmentKind.SELF, Sampler.GATED, text)
+            for where, text in zip(asked, made.texts, strict=True)
+        ]
+        dense = self._passed_densely(made.texts)  # not kept: hardly one is written twice
+        gates = replayed_gates(made.skip_LRC, settings.never_skip)
+        return self._segments(rows, gates, [dense[text] for text in made.texts])
+
+    def _segments(
+        self, rows: Sequence[_Row], gates: Gates, dense: Sequence[np.ndarray]
+    ) -> dict[_Place, SegmentRollout]:
+        """One pass over the rows. dense: NLLs of each."""
+        texts = [row.text for row in rows]
+        found = pass_texts(self.model, texts, gates, self.batch_tokens).cpu()
         nll_RN = found.nll_RN.double().numpy()
         # Columns first: the rows of a trace are slices of it.
         skip_RCL = found.skip_LRC.permute(1, 2, 0).contiguous().numpy()
         prob_RCL = found.prob_LRC.permute(1, 2, 0).contiguous().numpy()
         opens_RC, chunks_RC = found.opens_RC.numpy(), found.chunks_RC.int().numpy()
-        held: dict[tuple[int, int], list[SegmentRollout]] = {}
+        made: dict[_Place, SegmentRollout] = {}
         for number, row in enumerate(rows):
-            ids, prompt = row.text.token_ids, len(row.text.prompt_ids)
+            prompt_ids, ids = row.text.prompt_ids, row.text.token_ids
             columns = len(ids) - 1
             trace = GateTrace(
                 key=f"{row.task.question_id} {row.sample} {row.kind}",
-                prompt_tokens=prompt + len(ids),  # to an engine a scored text is all prompt
-                decode_start=prompt,
+                prompt_tokens=row.prompt_tokens,
+                decode_start=len(prompt_ids),
                 finished=True,
                 skip_TL=skip_RCL[number, :columns],
                 prob_TL=prob_RCL[number, :columns],
@@ -141,33 +210,17 @@ class ParallelRollouts:
                 chunks_T=chunks_RC[number, :columns],
                 replayed_tokens=0,
             )
-            sampler = Sampler.GIVEN if row.kind is SegmentKind.GOLD else Sampler.DENSE
-            nll_N = nll_RN[number, : len(ids)]
-            segment = SegmentRollout(
-                row.kind, sampler, row.text.prompt_ids, ids, nll_N, dense[number], trace
-            )
-            held.setdefault((row.place, row.sample), []).append(segment)
-        tasks = {row.place: row.task for row in rows}
-        return [
-            EpisodeRollout(
-                tasks[place].question_id,
-                sample,
-                tasks[place].seeds[sample],
-                self.version,
-                tuple(made),
-            )
-            for (place, sample), made in held.items()
-        ]
+            made[row.place, row.sample, row.kind] = SegmentRollout(
+                row.kind, row.sampled_by, prompt_ids, ids, nll_RN[number, : len(ids)], dense[number], trace
+            )  # fmt: skip
+        return made
 
     def check(self, tasks: Sequence[RolloutTask], settings: RolloutSettings) -> None:
         """Raise ValueError, in one sentence, for what cannot be rolled."""
-        if settings.sampled_by is not Sampler.DENSE:
+        if settings.sampled_by is Sampler.DENSE and settings.temperature != 0:
             raise ValueError(
-                'episodes.sampled_by is "gated"; parallel rollouts know all tokens before gates act, set it to "dense"'
-            )
-        if settings.temperature != 0:
-            raise ValueError(
-                f"episodes.temperature is {settings.temperature}; parallel rollouts write greedily, set it to 0"
+                f"episodes.temperature is {settings.temperature}; without an engine the dense model writes greedily, "
+                f'set it to 0 or episodes.sampled_by to "gated"'
             )
         config = self.model.config
         config.forced_layers(settings.never_skip)

@@ -1,14 +1,15 @@
 """One trial of a study: gates from a start, trained by PPO with one seed, measured before, during and after.
 
 Learner, plan of questions, rewards and draws are those of fbs_rl.ppo; episodes come from ParallelRollouts of the very
-model that learns, so nothing is sent anywhere.
+model that learns, so nothing is sent anywhere. Whoever writes the continuations that are trained on, held-out ones are
+the dense model's greedy ones, so that trials compare; what the gated model writes itself is measured beside them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,12 +23,15 @@ from fbs_rl.rl.episode_figures import threshold_like
 from fbs_rl.rl.gate_policy import GatePolicy
 from fbs_rl.rl.heldout_points import Point, measure_point, own_dense
 from fbs_rl.rl.learner import PPOLearner
+from fbs_rl.rl.own_text import OwnText, own_ratios
+from fbs_rl.rl.paired_bootstrap import paired_difference
 from fbs_rl.rl.parallel_pass import drawn_gates, threshold_gates
 from fbs_rl.rl.parallel_rollouts import ParallelRollouts
 from fbs_rl.rl.ppo_settings import PPOSettings
+from fbs_rl.rl.reward import Sampler
 from fbs_rl.rl.rollout import RolloutSettings, RolloutTask
 from fbs_rl.rl.rollout_plan import RolloutPlan
-from fbs_rl.rl.skip_curves import Bench, Curve, at_skip, paired_difference
+from fbs_rl.rl.skip_curves import Bench, Curve, at_skip
 from fbs_rl.rl.study_table import Emit, reference_of
 from fbs_rl.rl.update_plan import plan_update
 
@@ -43,7 +47,8 @@ _LOGGED = (
 
 @dataclass(slots=True)
 class Trial:
-    """One configuration and seed. tuning: tasks that the policy's own threshold is set on.
+    """One configuration and seed. tuning: tasks that the policy's own threshold is set on. scoring: those it is
+    measured on.
 
     start: what FBS added to the model, as it was before any trial. every: updates between two looks at held-out
     questions. emit: is given every row.
@@ -55,6 +60,7 @@ class Trial:
     rollouts: ParallelRollouts
     bench: Bench
     tuning: list[RolloutTask]
+    scoring: list[RolloutTask]
     start: Mapping[str, Tensor]
     end_ids: tuple[int, ...]
     every: int
@@ -72,12 +78,13 @@ class Trial:
         last = self.settings.steps - 1
         self.look("no-RL", 0, self.policy(0))
         self.calibrated("no-RL", 0, last)
-        before = self.curves("no-RL", moved=False)
+        before = self.curves("no-RL", 0, moved=False)
+        own = self.own_texts("no-RL", 0, before["no-RL"], {})
         done = self.train()
-        moved = self.dense_moves
         self.calibrated("PPO", done, last)
-        after = self.curves("PPO", moved)
-        self.compare(before | after)
+        after = self.curves("PPO", done, self.dense_moves)
+        self.own_texts("PPO", done, after["PPO"], own)
+        self.compare(before | after, done)
 
     @property
     def dense_moves(self) -> bool:
@@ -114,7 +121,10 @@ class Trial:
         began = time.monotonic()
         drawn = plan_update(step, self.settings.learner, self.model.config)
         tasks = [task for chunk in self.plan.chunks(step) for task in chunk]
-        episodes = self.rollouts.roll(tasks, self.rollout(drawn.policy, 0.0, drawn.never_skip))
+        rollout = self.settings.episodes.rollout(
+            drawn.policy, self.end_ids, never_skip=drawn.never_skip
+        )
+        episodes = self.rollouts.roll(tasks, rollout)
         rolled = time.monotonic()
         metrics = learner.update(episodes, step)
         self.rollouts.version = step + 1
@@ -123,11 +133,6 @@ class Trial:
         learned = time.monotonic()
         found = {name: metrics[name] for name in _LOGGED if name in metrics}
         return {**found, "rollout_s": rolled - began, "learn_s": learned - rolled}
-
-    def rollout(
-        self, policy: GatePolicy | None, tau: float, never_skip: tuple[int, ...]
-    ) -> RolloutSettings:
-        return self.settings.episodes.rollout(policy, self.end_ids, tau, never_skip)
 
     # --- measuring ------------------------------------------------------------------------------------
 
@@ -139,8 +144,10 @@ class Trial:
 
     def calibrated(self, arm: str, step: int, last: int) -> None:
         """The threshold that skips on tuning questions as often as the last update's policy, and that policy."""
-        policy, never_skip = self.policy(last), self.bench.never_skip
-        episodes = self.rollouts.roll(self.tuning, self.rollout(policy, 0.0, never_skip))
+        policy = self.policy(last)
+        episodes = self.rollouts.roll(
+            self.tuning, self.heldout_rollout(policy, self.model.config.tau)
+        )
         reward, config = self.settings.learner.reward, self.model.config
         tau = threshold_like([score_episode(each, config, reward) for each in episodes], config)
         self.report(arm, step, self.point(tau, f"calibrated, T {policy.temperature:g}"))
@@ -160,7 +167,12 @@ class Trial:
         dense_RN = own_dense(self.model, bench.drawn) if self.dense_moves else None
         return measure_point(self.model, bench.drawn, gates, reward, asked, None, dense_RN)
 
-    def curves(self, arm: str, moved: bool) -> dict[str, Curve]:
+    def heldout_rollout(self, policy: GatePolicy | None, tau: float) -> RolloutSettings:
+        """On the dense model's greedy continuations, for every trial."""
+        asked = self.settings.episodes.rollout(policy, self.end_ids, tau, self.bench.never_skip)
+        return replace(asked, sampled_by=Sampler.DENSE, temperature=0.0)
+
+    def curves(self, arm: str, step: int, moved: bool) -> dict[str, Curve]:
         """By arm: thresholds, draws, the thresholds' layer rates without their choice of tokens; controls of no-RL."""
         bench, reward, seed = self.bench, self.settings.learner.reward, self.settings.seed
         thresholds = bench.thresholds(reward, moved)
@@ -173,13 +185,35 @@ class Trial:
         }
         if arm == "no-RL":
             found |= {"random": bench.random(reward, seed), "static": bench.static(reward)}
-        step = 0 if arm == "no-RL" else self.settings.steps
         for name, curve in found.items():
             for point in curve[1:]:
                 self.report(name, step, point)
         return found
 
-    def compare(self, curves: Mapping[str, Curve]) -> None:
+    def own_texts(
+        self, arm: str, step: int, curve: Curve, reference: Mapping[float, OwnText]
+    ) -> dict[float, OwnText]:
+        """What the gated model writes for the scoring questions, tokens drawn at temperature 1, by skip ratio.
+
+        curve: thresholds, of which two are taken. reference: what the difference is to, of the same ratios.
+        """
+        if self.settings.episodes.max_new_tokens == 0:
+            return {}
+        tau_of = {point.asked: point.parameter for point in curve}
+        found = {}
+        for ratio in own_ratios(self.bench.ratios):
+            tau = tau_of[ratio]
+            assert tau is not None, "a curve of thresholds"
+            asked = replace(
+                self.heldout_rollout(None, tau), sampled_by=Sampler.GATED, temperature=1.0
+            )
+            found[ratio] = OwnText.of(self.rollouts.roll(self.scoring, asked))
+            minus = found[ratio].minus(reference[ratio]) if ratio in reference else None
+            row = {"kind": "own", "arm": arm, "asked": ratio, "parameter": tau}
+            self.emit({**self.base(step), **row, **found[ratio].record(), "minus_no_rl": minus})
+        return found
+
+    def compare(self, curves: Mapping[str, Curve], step: int) -> None:
         """A row for each ratio and arm, with its paired difference to the no-RL gate."""
         for ratio in self.bench.ratios:
             for arm, curve in curves.items():
@@ -191,7 +225,7 @@ class Trial:
                 if other is not None and reference_of(arm) != arm:
                     difference = {n: paired_difference(here.of(n), other.of(n)) for n in _COMPARED}
                 row = {"kind": "equal", "arm": arm, "asked": ratio, **here.record()}
-                self.emit({**self.base(self.settings.steps), **row, "minus_no_rl": difference})
+                self.emit({**self.base(step), **row, "minus_no_rl": difference})
 
     # --- rows -----------------------------------------------------------------------------------------
 

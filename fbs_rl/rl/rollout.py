@@ -26,6 +26,11 @@ def gate_seed(seed: int, kind: SegmentKind) -> int:
     return stable_hash("gates", str(kind), seed)
 
 
+def token_seed(seed: int) -> int:
+    """Of the tokens that the gated policy draws in a sample."""
+    return stable_hash("tokens", seed)
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutTask:
     """One question and how often it is tried. seeds: one for each sample, of gates and of sampled tokens."""

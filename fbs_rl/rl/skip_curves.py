@@ -1,10 +1,10 @@
-"""What a skip policy costs at any skip ratio: points along one knob, equal skip between them, paired differences.
+"""What a skip policy costs at any skip ratio: points along one knob, and equal skip between them.
 
 A curve's knob (a threshold, a shift of all logits, a number of layers) is set on one half of the held-out questions
 and measured on the other, so that no arm is given the skip ratio it is compared at. Values at a ratio between two
 measured ones are interpolated linearly, question by question; beyond the last one there are none.
 
-Shape letters: L layers, Q questions, S resamples.
+Shape letters: L layers, F figures, Q questions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from fbs_rl.model.modeling import FBSForCausalLM
@@ -27,14 +26,12 @@ from fbs_rl.rl.parallel_pass import (
     threshold_gates,
 )
 from fbs_rl.rl.reward import RewardSettings
-from fbs_rl.seeds import stable_hash
 
 Curve = tuple[Point, ...]
 """Points, the first of them without skips."""
 _NEVER = 2.0  # a threshold that no probability reaches
 _BISECTIONS = 9
 _CLOSE = 0.004  # near enough: arms are compared between measured points
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +175,3 @@ def at_skip(curve: Curve, skip: float) -> Point | None:
     mixed_FQ = lower.figures_FQ * (1 - weight) + upper.figures_FQ * weight
     pairs = zip(lower.rate_L, upper.rate_L, strict=True)
     return Point(skip, None, tuple(a * (1 - weight) + b * weight for a, b in pairs), mixed_FQ)
-
-
-def paired_difference(one_Q: np.ndarray, other_Q: np.ndarray) -> tuple[float, float, float]:
-    """(mean of one − other, 2.5 % and 97.5 % of its bootstrap over questions)."""
-    difference_Q = one_Q - other_Q
-    count = len(difference_Q)
-    draw = np.random.default_rng(stable_hash("bootstrap", count))
-    means_S = difference_Q[draw.integers(0, count, (_RESAMPLES, count))].mean(1)
-    low, high = np.quantile(means_S, (0.025, 0.975))
-    return float(difference_Q.mean()), float(low), float(high)

@@ -7,6 +7,7 @@ from typing import Any
 
 Row = dict[str, Any]
 _REFERENCE_OF = {"no-RL": "no-RL", "no-RL drawn": "no-RL drawn", "PPO drawn": "no-RL drawn"}
+_SIGNED = ("dnll", "reward", "reverse_kl")
 
 
 def reference_of(arm: str) -> str:
@@ -15,7 +16,7 @@ def reference_of(arm: str) -> str:
 
 
 def study_tables(rows: Iterable[Row]) -> str:
-    """Two tables for each configuration: at equal measured skip, and where policies stand by themselves."""
+    """Three tables for each configuration: at equal measured skip, where policies stand, what gated models write."""
     newest: dict[tuple[Any, ...], Row] = {}
     for row in rows:  # a study that was started again says some things twice
         key = tuple(row.get(n) for n in ("kind", "config", "seed", "step", "arm", "asked"))
@@ -24,7 +25,12 @@ def study_tables(rows: Iterable[Row]) -> str:
     parts = []
     for config in _distinct(row["config"] for row in kept):
         mine = [row for row in kept if row["config"] == config]
-        parts += [_equal_skip(config, mine), _own_points(config, mine), *_stops(mine)]
+        parts += [
+            _equal_skip(config, mine),
+            _own_points(config, mine),
+            _own_texts(config, mine),
+            *_stops(mine),
+        ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -77,6 +83,29 @@ def _own_points(config: str, rows: Sequence[Row]) -> str:
     return "\n".join(lines) if found else ""
 
 
+def _own_texts(config: str, rows: Sequence[Row]) -> str:
+    found = [row for row in rows if row["kind"] == "own"]
+    lines = [
+        f"{config}, text that the gated model writes for held-out questions, tokens drawn at temperature 1, thresholds "
+        f"set for a skip ratio on the other questions; nats a token; reverse KL: mean of log p gated − log p dense",
+        "",
+        "| set for | arm | seeds | skip | tokens | NLL gated | NLL dense | reverse KL | reverse KL − no-RL |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    keys = sorted(_distinct((row["asked"], row["arm"]) for row in found), key=lambda key: key[0])
+    for asked, arm in keys:
+        same = [row for row in found if (row["asked"], row["arm"]) == (asked, arm)]
+        numbers = [
+            _spread(same, name, digits)
+            for name, digits in (
+                ("skip", 4), ("tokens", 1), ("nll_gated", 4), ("nll_dense", 4), ("reverse_kl", 4)
+            )
+        ]  # fmt: skip
+        cells = [f"{asked:.0%}", arm, str(len(same)), *numbers, _difference(same, "reverse_kl")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if found else ""
+
+
 def _stops(rows: Sequence[Row]) -> list[str]:
     return [
         f"{row['config']}, seed {row['seed']}: stopped after {row['step']} updates: {row['reason']}"
@@ -88,7 +117,7 @@ def _stops(rows: Sequence[Row]) -> list[str]:
 def _spread(rows: Sequence[Row], name: str, digits: int) -> str:
     values = [row[name] for row in rows]
     mean, low, high = sum(values) / len(values), min(values), max(values)
-    text = f"{mean:+.{digits}f}" if name.startswith(("dnll", "reward")) else f"{mean:.{digits}f}"
+    text = f"{mean:+.{digits}f}" if name.startswith(_SIGNED) else f"{mean:.{digits}f}"
     return text if len(values) == 1 else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
 

@@ -35,8 +35,8 @@ from fbs_rl.rl.rollout import (
     RolloutTask,
     SegmentRollout,
     gate_seed,
+    token_seed,
 )
-from fbs_rl.seeds import stable_hash
 from fbs_rl.serving.client import score, take_traces, update_gates
 from fbs_rl.serving.dense_references import DenseReferences
 from fbs_rl.serving.engine_options import EngineOptions
@@ -236,7 +236,7 @@ class _Chunk:
 
         return SamplingParams(
             max_tokens=self.settings.max_new_tokens, temperature=self.settings.temperature,
-            seed=stable_hash("tokens", seed), stop_token_ids=list(self.settings.end_ids),
+            seed=token_seed(seed), stop_token_ids=list(self.settings.end_ids),
             ignore_eos=True, detokenize=False, logprobs=0, extra_args=given,
         )  # fmt: skip
 
