@@ -71,6 +71,7 @@ template <class T> inline T exchange(T value, int from) {
   return same_bits<T>(exchanged[turn][running / 32 * 32 + from]);
 }
 template <class T> inline T __shfl_xor_sync(unsigned, T v, int mask) { return exchange(v, (running % 32) ^ mask); }
+template <class T> inline T __shfl_sync(unsigned, T v, int from) { return exchange(v, from); }
 template <class T> inline T __shfl_up_sync(unsigned, T v, int by) {
   const int lane = running % 32;
   return exchange(v, lane < by ? lane : lane - by);

@@ -245,7 +245,7 @@ def attention_case(
         for old, new in zip(before, (turned(key), value), strict=True)
     ]
     wanted = torch.nn.functional.scaled_dot_product_attention(
-        turned(query).view(ROWS, heads, GROUP, HEAD_DIM), *every, scale=0.25
+        turned(query).view(ROWS, heads, GROUP, HEAD_DIM), every[0], every[1], scale=0.25
     )
     return out, wanted.flatten(1), (keys, values, every, length, before)
 
@@ -372,7 +372,8 @@ def test_calls_follow_each_other(bench: Bench, flags: tuple[int, ...]) -> None:
 def test_a_program_without_room_is_refused() -> None:
     weight, shape = torch.zeros(64, 9728), KernelShape(8, False, 128, 4)
     plan = ProductPlan.of(64, 9728, shape, 132)
-    call = make_call("product_plain", plan.room_bytes, weights={"chunk": plan.chunk, "columns": 9728, "matrix": [weight]})  # fmt: skip
+    cut = {"chunk": plan.chunk, "columns": 9728, "matrix": [weight]}
+    call = make_call("product_plain", plan.room_bytes, weights=cut)
     with pytest.raises(ValueError, match="decode fewer rows at once or in bfloat16"):
         Program.of([call], shape, 132, torch.device("cpu"))
 

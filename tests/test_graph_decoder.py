@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fbs_rl.decode.graph_decoder import DecodeTrace, GraphDecoder, RowsDecide, kernel_shape
+from fbs_rl.decode.program import Program
 from fbs_rl.decode.supported import check_supported
 from fbs_rl.model.flops import count_trace
 from fbs_rl.model.kv_cache import FBSCache
@@ -148,6 +149,16 @@ def test_changed_gates_act_without_a_new_graph(place: str) -> None:
     wanted = refereed(decoder.model.cpu(), prompt, fed, "threshold", {"tau": 0.5}).gate_prob
     assert wanted is not None
     torch.testing.assert_close(found.prob_LBT[..., 0], wanted[..., -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"paw_rank": 48, "paw_shortlist": 30}, NOOP])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_call_keeps_to_the_room_it_asks_for(dtype: torch.dtype, options: Any) -> None:
+    """Each alone: in a program the largest one's room would hide it. The emulator looks behind the room."""
+    model = lively("qwen3", **options).to(dtype)
+    decoder = decoder_of(model, "emulated", 2, "threshold")
+    for call in decoder.writer.calls:
+        decoder.launcher.run(Program.of([call], decoder.shape, 3, torch.device("cpu")), 0, 1)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ def write_advance(writer: StepWriter, picks: bool) -> None:
     """
     tokens = writer.tokens
     writer.call(
-        "advance", 8 * writer.shape.rows, best=tokens.best, best_index=tokens.best_index, offers=len(tokens.best) if picks else 0,
+        "advance", 8 * writer.shape.rows, best=tokens.best, best_index=tokens.best_index,
+        offers=len(tokens.best) if picks else 0,
         forced_steps=tokens.forced_steps, forced=tokens.forced_TB, token_B=tokens.token_B,
         vocabulary=tokens.logits_BV.shape[1],
         position_B=tokens.position_B, step=tokens.step, trace_steps=len(tokens.token_TB), token_trace=tokens.token_TB,

@@ -58,9 +58,9 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
         }
     mixes = paw.compression is Compression.CONV
     count = head.shortlist_size
-    floats = (
-        count * (rank + 4) + 3 * (2 * rank + count) + _MOST_HORIZONS
-    )  # LookRoom of kernels/preview.cu
+    # LookRoom of kernels/preview.cu; taps lie an odd number of words apart.
+    taps = rank * (12 * buffers.table_NR.element_size() + 1) if mixes else 0
+    floats = count * (rank + 4) + 3 * (2 * rank + count) + _MOST_HORIZONS + taps
     writer.call(
         "look", 4 * floats, front=writer.layers.front_BF,
         front_stride=writer.layers.front_BF.stride(0), hard=int(paw.hard), temperature=config.paw_temperature,

@@ -77,7 +77,8 @@ class TokenBuffers:
 
 @dataclass(slots=True)
 class LayerBuffers:
-    """state: h of a layer, of the one behind and of the one in front, in turns. injected_Bd: h̃. middle_Bd: behind attention.
+    """state: h of a layer, of the one behind and of the one in front, in turns. injected_Bd: h̃. middle_Bd: behind
+    attention.
 
     keys, values: per layer [B, key heads, S, D]. length_LBG: entries, where skipped tokens leave none; else None.
     """

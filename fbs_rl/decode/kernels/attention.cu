@@ -38,7 +38,7 @@ struct Rotation {
 };
 
 __device__ __forceinline__ void load_rotation(const Attention& a, int position, Rotation& r) {
-  for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
+  ROLLED for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
     r.norm[0][i] = a.query_norm ? widen(a.query_norm[i]) : 1.f;
     r.norm[1][i] = a.key_norm ? widen(a.key_norm[i]) : 1.f;
     r.cos[i] = widen(a.cos[(long long)position * HEAD_DIM + i]);
@@ -56,7 +56,7 @@ __device__ __forceinline__ void turn_head(const num* head, const float* norm, co
   }
   if (norm) {
     const float inverse = rsqrtf(warp_sum(square) / HEAD_DIM + eps);
-    for (int i = lane; i < HEAD_DIM; i += WARP) out[i] = rounded(rounded(out[i] * inverse) * norm[i]);
+    ROLLED for (int i = lane; i < HEAD_DIM; i += WARP) out[i] = rounded(rounded(out[i] * inverse) * norm[i]);
   }
   __syncwarp();
   float turned[LANE_DIMS];
@@ -96,9 +96,13 @@ __device__ __forceinline__ void load_lane(const num* entry, float* out) {
 #endif
 }
 
-// Running softmax of a warp (later of a block) for each query head of the group.
+#define SCORES (QUERY_GROUP * KEYS_AT_ONCE)
+#define SCORE_LANES (SCORES > 16 ? 1 : SCORES > 8 ? 2 : SCORES > 4 ? 4 : 8)  // that hold the same score
+#define HEAD_LANES (KEYS_AT_ONCE * SCORE_LANES)                              // that work for the same query head
+
+// Running softmax of a warp. top, total: of the query head that a lane works for; mix: of all heads.
 struct Softmax {
-  float top[QUERY_GROUP], total[QUERY_GROUP], mix[QUERY_GROUP][LANE_DIMS];
+  float top, total, mix[QUERY_GROUP][LANE_DIMS];
 };
 
 // Some entries on their way: numbers of a lane.
@@ -116,32 +120,56 @@ __device__ __forceinline__ void load_entries(const num* keys, const num* values,
   }
 }
 
+// Sums over the warp of many values at once: lane i gets that of value i / SCORE_LANES. In each round a lane gives one
+// half of what it has left and takes its own half from the lane across.
+__device__ __forceinline__ float sum_scores(float value[32 / SCORE_LANES]) {
+  const int lane = threadIdx.x % WARP;
+#pragma unroll
+  for (int left = 32 / SCORE_LANES / 2, d = 16; left; left /= 2, d /= 2) {
+    const bool upper = lane & d;
+#pragma unroll
+    for (int i = 0; i < left; ++i) {
+      const float given = upper ? value[i] : value[i + left];
+      value[i] = (upper ? value[i + left] : value[i]) + __shfl_xor_sync(0xffffffffu, given, d);
+    }
+  }
+#pragma unroll
+  for (int d = SCORE_LANES / 2; d; d /= 2) value[0] += __shfl_xor_sync(0xffffffffu, value[0], d);
+  return value[0];
+}
+
+// `count` of the entries into the running softmax, at least one.
 __device__ __forceinline__ void mix_entries(const Entries& e, int count, float scale,
                                             const float q[QUERY_GROUP][LANE_DIMS], Softmax& s) {
+  float dot[32 / SCORE_LANES] = {};
+#pragma unroll
+  for (int g = 0; g < QUERY_GROUP; ++g)
+#pragma unroll
+    for (int j = 0; j < KEYS_AT_ONCE; ++j)
+#pragma unroll
+      for (int i = 0; i < LANE_DIMS; ++i) dot[g * KEYS_AT_ONCE + j] = fmaf(q[g][i], e.key[j][i], dot[g * KEYS_AT_ONCE + j]);
+  const int mine = threadIdx.x % WARP / SCORE_LANES % KEYS_AT_ONCE;
+  const float sum = sum_scores(dot), score = mine < count ? sum * scale : MINUS_INFINITY;
+  float top = fmaxf(s.top, score);
+#pragma unroll
+  for (int d = SCORE_LANES; d < HEAD_LANES; d *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
+  const float fade = expf(s.top - top), weight = expf(score - top);  // fade: 0 at first, when s.top is minus infinity
+  float total = weight;
+#pragma unroll
+  for (int d = SCORE_LANES; d < HEAD_LANES; d *= 2) total += __shfl_xor_sync(0xffffffffu, total, d);
+  s.total = s.total * fade + total;
+  s.top = top;
 #pragma unroll
   for (int g = 0; g < QUERY_GROUP; ++g) {
-    float score[KEYS_AT_ONCE], top = s.top[g];
+    const float fade_g = __shfl_sync(0xffffffffu, fade, g * HEAD_LANES);
+#pragma unroll
+    for (int i = 0; i < LANE_DIMS; ++i) s.mix[g][i] *= fade_g;
 #pragma unroll
     for (int j = 0; j < KEYS_AT_ONCE; ++j) {
-      float dot = 0.f;
+      const float share = __shfl_sync(0xffffffffu, weight, g * HEAD_LANES + j * SCORE_LANES);
 #pragma unroll
-      for (int i = 0; i < LANE_DIMS; ++i) dot = fmaf(q[g][i], e.key[j][i], dot);
-      dot = warp_sum(dot);
-      score[j] = j < count ? dot * scale : MINUS_INFINITY;
-      top = fmaxf(top, score[j]);
+      for (int i = 0; i < LANE_DIMS; ++i) s.mix[g][i] = fmaf(share, e.value[j][i], s.mix[g][i]);
     }
-    const float fade = expf(s.top[g] - top);  // 0 at first, when s.top is minus infinity
-    s.total[g] *= fade;
-#pragma unroll
-    for (int i = 0; i < LANE_DIMS; ++i) s.mix[g][i] *= fade;
-#pragma unroll
-    for (int j = 0; j < KEYS_AT_ONCE; ++j) {
-      const float weight = expf(score[j] - top);
-      s.total[g] += weight;
-#pragma unroll
-      for (int i = 0; i < LANE_DIMS; ++i) s.mix[g][i] = fmaf(weight, e.value[j][i], s.mix[g][i]);
-    }
-    s.top[g] = top;
   }
 }
 
@@ -149,7 +177,7 @@ __device__ __forceinline__ void mix_entries(const Entries& e, int count, float s
 // query head. state: (top, total) of part p and head g at (p·QUERY_GROUP + g)·2; a part without entries weighs 0.
 __device__ __forceinline__ void weigh_parts(const float* state, int count, float* weight, float* total_G) {
   const int lane = threadIdx.x % WARP;
-  for (int g = threadIdx.x / WARP; g < QUERY_GROUP; g += WARPS) {
+  ROLLED for (int g = threadIdx.x / WARP; g < QUERY_GROUP; g += WARPS) {
     const float held = lane < count ? state[(lane * QUERY_GROUP + g) * 2 + 1] : 0.f;
     const float own = held > 0.f ? state[(lane * QUERY_GROUP + g) * 2] : MINUS_INFINITY;
     const float top = warp_max(own);
@@ -195,17 +223,17 @@ __device__ __forceinline__ void mix_share(const Attention& a, const num* keys, c
                                           Entries& e, const AttentionShared& m, bool has_fresh, Softmax& s) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, at = lane * LANE_DIMS;
   float q[QUERY_GROUP][LANE_DIMS];
+  s.top = MINUS_INFINITY;
+  s.total = 0.f;
 #pragma unroll
   for (int g = 0; g < QUERY_GROUP; ++g) {
-    s.top[g] = MINUS_INFINITY;
-    s.total[g] = 0.f;
 #pragma unroll
     for (int i = 0; i < LANE_DIMS; ++i) {
       s.mix[g][i] = 0.f;
       q[g][i] = at < HEAD_DIM ? m.query[g][at + i] : 0.f;
     }
   }
-  for (int from = low + warp * KEYS_AT_ONCE; from < high; from += WARPS * KEYS_AT_ONCE) {
+  ROLLED for (int from = low + warp * KEYS_AT_ONCE; from < high; from += WARPS * KEYS_AT_ONCE) {
     if (from >= low + WARPS * KEYS_AT_ONCE) load_entries(keys, values, from, high, e);
     mix_entries(e, high - from, a.scale, q, s);
   }
@@ -224,12 +252,12 @@ __device__ __forceinline__ void mix_share(const Attention& a, const num* keys, c
 __device__ __forceinline__ void join_warps(const Attention& a, const Softmax& s, AttentionShared& m, long long part,
                                            bool only, num* out) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  if (lane % HEAD_LANES == 0 && lane / HEAD_LANES < QUERY_GROUP) {
+    m.state[(warp * QUERY_GROUP + lane / HEAD_LANES) * 2] = s.top;
+    m.state[(warp * QUERY_GROUP + lane / HEAD_LANES) * 2 + 1] = s.total;
+  }
 #pragma unroll
   for (int g = 0; g < QUERY_GROUP; ++g) {
-    if (lane == 0) {
-      m.state[(warp * QUERY_GROUP + g) * 2] = s.top[g];
-      m.state[(warp * QUERY_GROUP + g) * 2 + 1] = s.total[g];
-    }
 #pragma unroll
     for (int i = 0; i < LANE_DIMS; ++i)
       if (lane * LANE_DIMS < HEAD_DIM)
@@ -238,7 +266,7 @@ __device__ __forceinline__ void join_warps(const Attention& a, const Softmax& s,
   __syncthreads();
   weigh_parts(m.state, WARPS, m.weight, m.total_G);
   __syncthreads();
-  for (int i = threadIdx.x; i < QUERY_GROUP * HEAD_DIM; i += THREADS) {
+  ROLLED for (int i = threadIdx.x; i < QUERY_GROUP * HEAD_DIM; i += THREADS) {
     const int g = i / HEAD_DIM;
     float mix = 0.f;
 #pragma unroll
@@ -263,7 +291,7 @@ __device__ __forceinline__ void join_parts(const Attention& a, AttentionShared& 
     for (int p = 0; p < MOST_PARTS; ++p)
       held[j][p] = p < splits && i < QUERY_GROUP * HEAD_DIM ? __ldcg(sums + p * QUERY_GROUP * HEAD_DIM + i) : 0.f;
   }
-  for (int i = threadIdx.x; i < splits * QUERY_GROUP * 2; i += THREADS)
+  ROLLED for (int i = threadIdx.x; i < splits * QUERY_GROUP * 2; i += THREADS)
     m.state[i] = __ldcg(a.part_state + first * QUERY_GROUP * 2 + i);
   __syncthreads();
   weigh_parts(m.state, splits, m.weight, m.total_G);
@@ -302,7 +330,7 @@ __device__ __forceinline__ void attend(const Attention& a, int head, int split, 
   if (owner && warp == WARPS - 1)
     write_entry(a, token, head, keys + (long long)before * HEAD_DIM, values + (long long)before * HEAD_DIM, m);
   if (skipped) return;
-  for (int g = warp; g < QUERY_GROUP; g += WARPS)
+  ROLLED for (int g = warp; g < QUERY_GROUP; g += WARPS)
     turn_head(token + (head * QUERY_GROUP + g) * HEAD_DIM, a.query_norm ? m.rotation.norm[0] : nullptr, m.rotation,
               a.eps, m.query[g]);
   __syncthreads();
@@ -318,7 +346,7 @@ __device__ __forceinline__ void attend(const Attention& a, int head, int split, 
 
 __device__ __forceinline__ void attention(const Attention& a, Team& team, AttentionShared& m) {
   const int parts = a.key_heads * a.splits;
-  for (int i = blockIdx.x; i < parts * ROWS; i += gridDim.x) {
+  ROLLED for (int i = blockIdx.x; i < parts * ROWS; i += gridDim.x) {
     attend(a, i % a.key_heads, i % parts / a.key_heads, i / parts, team, m);
     __syncthreads();
   }

@@ -27,7 +27,7 @@ __device__ __forceinline__ void boundary(const Boundary& c, Team& team) {
   if (blockIdx.x || b >= ROWS) return;
   const num* logit = c.front + b * c.front_stride + c.label_at;
   int label = 0;
-  for (int i = 1; i < 4; ++i)
+  ROLLED for (int i = 1; i < 4; ++i)
     if (read(logit + i) > read(logit + label)) label = i;
   const bool opens = label != I_LABEL || !__ldcg(c.continuable_B + b);
   const int closed = __ldcg(c.closed_B + b), size = __ldcg(c.open_size_B + b);
@@ -67,15 +67,15 @@ struct ChunkRead {
 __device__ __forceinline__ void normalise_scores(float* score, int slots, float* scratch) {
   const int warp = threadIdx.x / WARP;
   float top = MINUS_INFINITY, total = 0.f;
-  for (int s = threadIdx.x; s < slots; s += THREADS) top = fmaxf(top, score[s]);
+  ROLLED for (int s = threadIdx.x; s < slots; s += THREADS) top = fmaxf(top, score[s]);
   top = warp_max(top);
   if (threadIdx.x % WARP == 0) scratch[warp] = top;
   __syncthreads();
-  for (int w = 0; w < WARPS; ++w) top = fmaxf(top, scratch[w]);
+  ROLLED for (int w = 0; w < WARPS; ++w) top = fmaxf(top, scratch[w]);
   __syncthreads();
-  for (int s = threadIdx.x; s < slots; s += THREADS) total += expf(score[s] - top);
+  ROLLED for (int s = threadIdx.x; s < slots; s += THREADS) total += expf(score[s] - top);
   total = block_sum(total, scratch);
-  for (int s = threadIdx.x; s < slots; s += THREADS) score[s] = rounded(expf(score[s] - top) / total);
+  ROLLED for (int s = threadIdx.x; s < slots; s += THREADS) score[s] = rounded(expf(score[s] - top) / total);
   __syncthreads();
 }
 
@@ -89,13 +89,13 @@ __device__ __forceinline__ void score_chunks(const ChunkRead& c, int h, int lane
     const num* key = s ? keys + (long long)(s - 1) * c.width : c.null_key + h * size;
     float sum = 0.f;
     if (s < slots)
-      for (int i = lane * LANE_NUMS; i < size; i += lanes * LANE_NUMS) {
+      ROLLED for (int i = lane * LANE_NUMS; i < size; i += lanes * LANE_NUMS) {
         float k[LANE_NUMS];
         unpack(__ldcg((const uint4*)(key + i)), k);
 #pragma unroll
         for (int j = 0; j < LANE_NUMS; ++j) sum = fmaf(query[i + j], k[j], sum);
       }
-    for (int d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    ROLLED for (int d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
     if (s >= slots || lane) continue;
     float v = rounded(rounded(sum) * c.scale);
     if (s) v = rounded(v + bias_C[(before - s + c.ring_length) % c.ring_length]);  // distance of slot s − 1
@@ -116,7 +116,7 @@ __device__ __forceinline__ void read_chunks(const ChunkRead& c, int h, int b, Fi
   const int before = __ldcg(c.before_B + b), slots = 1 + min(before, c.ring_length);
   const num* keys = c.keys + (long long)b * c.ring_length * c.width + h * size;
   const num* values = c.values + (long long)b * c.ring_length * c.width + h * size;
-  for (int i = threadIdx.x; i < size; i += THREADS)
+  ROLLED for (int i = threadIdx.x; i < size; i += THREADS)
     query[i] = read(c.front + b * c.front_stride + c.query_at + h * size + i);
   __syncthreads();
   int lanes = 1;
@@ -138,9 +138,9 @@ __device__ __forceinline__ void read_chunks(const ChunkRead& c, int h, int b, Fi
     for (int j = 0; j < LANE_NUMS; ++j) partial[band * size + at + j] = sum[j];
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < size; i += THREADS) {
+  ROLLED for (int i = threadIdx.x; i < size; i += THREADS) {
     float all = score[0] * widen(c.null_value[h * size + i]);
-    for (int k = 0; k < bands; ++k) all += partial[k * size + i];
+    ROLLED for (int k = 0; k < bands; ++k) all += partial[k * size + i];
     c.out[b * c.width + h * size + i] = narrow(all);
   }
 }
@@ -148,7 +148,7 @@ __device__ __forceinline__ void read_chunks(const ChunkRead& c, int h, int b, Fi
 __device__ __forceinline__ void chunk_read(const ChunkRead& c, Team& team, Fixed& fixed,
                                            unsigned char* room) {
   await(team);
-  for (int i = blockIdx.x; i < c.heads * ROWS; i += gridDim.x) {
+  ROLLED for (int i = blockIdx.x; i < c.heads * ROWS; i += gridDim.x) {
     read_chunks(c, i % c.heads, i / c.heads, fixed, room);
     __syncthreads();
   }
@@ -165,7 +165,7 @@ struct ChunkExtend {
 
 __device__ __forceinline__ void chunk_extend(const ChunkExtend& c, Team& team, Fixed& fixed) {
   await(team);
-  for (int b = blockIdx.x; b < ROWS; b += gridDim.x) {
+  ROLLED for (int b = blockIdx.x; b < ROWS; b += gridDim.x) {
     const num* state = c.state_Bd + (long long)b * c.width;
     float* sum = c.sum_Bd + (long long)b * c.width;
     float square = 0.f;

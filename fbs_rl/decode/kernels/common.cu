@@ -18,6 +18,9 @@ typedef float num;
 #endif
 // LANE_NUMS: numbers in the 16 bytes that a lane loads at once.
 
+// Before a loop: a step runs most code once a layer, so what has to be fetched of it costs more than a jump.
+#define ROLLED _Pragma("unroll 1")
+
 #define WARP 32
 #define WARPS 8  // of a block
 #define THREADS (WARP * WARPS)
@@ -27,11 +30,19 @@ typedef float num;
 #if BF16
 __device__ __forceinline__ float widen(num x) { return __uint_as_float((u32)x << 16); }
 // Round to nearest even, as the framework does.
+#ifndef EMULATED
+__device__ __forceinline__ num narrow(float x) {
+  num rounded_x;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded_x) : "f"(x));
+  return rounded_x;
+}
+#else
 __device__ __forceinline__ num narrow(float x) {
   u32 bits = __float_as_uint(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return (num)0x7fc0;  // a NaN stays one
   return (num)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+#endif
 #else
 __device__ __forceinline__ float widen(num x) { return x; }
 __device__ __forceinline__ num narrow(float x) { return x; }
@@ -86,6 +97,8 @@ __device__ __forceinline__ void wait_for(u32* arrived, u32 count) {
 }
 __device__ __forceinline__ int count_one(int* counter) { return (*counter)++; }
 __device__ __forceinline__ void bring_near(const void*, u32) {}
+__device__ __forceinline__ void copy_aside(void* to, const void* from) { memcpy(to, from, 16); }
+__device__ __forceinline__ void await_copies() {}
 __device__ __forceinline__ void make_barrier(u64*) {}
 __device__ __forceinline__ void show_barriers() {}
 __device__ __forceinline__ void expect_bytes(u64*, u32) {}
@@ -126,6 +139,11 @@ __device__ __forceinline__ void copy_ahead(void* to, const void* from, u32 bytes
       "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
+// 16 bytes into shared memory, there after await_copies() and a __syncthreads(); nobody waits meanwhile.
+__device__ __forceinline__ void copy_aside(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // Into the second cache.
 __device__ __forceinline__ void bring_near(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
@@ -175,7 +193,7 @@ __device__ __forceinline__ float block_sum(float v, float* scratch) {
   if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = v;
   __syncthreads();
   float total = 0.f;
-  for (int w = 0; w < WARPS; ++w) total += scratch[w];
+  ROLLED for (int w = 0; w < WARPS; ++w) total += scratch[w];
   __syncthreads();
   return total;
 }

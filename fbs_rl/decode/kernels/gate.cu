@@ -58,7 +58,7 @@ __device__ __forceinline__ void note_motion(const num* before_Bd, const num* aft
                                             int width, float* motion_B2, float (*sums)[4]) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int each = max(1, WARPS / ROWS), at_once = WARPS / each;
-  for (int b0 = 0; b0 < ROWS; b0 += at_once) {
+  ROLLED for (int b0 = 0; b0 < ROWS; b0 += at_once) {
     const int b = b0 + warp / each;
     const bool mine = b < ROWS && warp / each < at_once;
     float sum[4] = {};
@@ -76,12 +76,15 @@ __device__ __forceinline__ void note_motion(const num* before_Bd, const num* aft
           sum[3] += now[i] * now[i];
         }
       }
+#pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] = warp_sum(sum[i]);
     if (lane == 0)
+#pragma unroll
       for (int i = 0; i < 4; ++i) sums[warp][i] = sum[i];
     __syncthreads();
     if (mine && warp % each == 0 && lane == 0 && !skips(left_skip_B, b)) {
-      for (int w = 1; w < each; ++w)
+      ROLLED for (int w = 1; w < each; ++w)
+#pragma unroll
         for (int i = 0; i < 4; ++i) sum[i] += sums[warp + w][i];
       const float old = fmaxf(sqrtf(sum[2]), 1e-10f), now = fmaxf(sqrtf(sum[3]), 1e-10f);
       motion_B2[2 * b] = sqrtf(sum[0]) / old;
@@ -110,9 +113,8 @@ __device__ __forceinline__ num* bring(const num* from, int count, num*& free) {
   num* to = free;
   const bool whole = ((unsigned long long)from & 15) == 0;
   const int parts = whole ? count / LANE_NUMS : 0;
-#pragma unroll 4
-  for (int k = threadIdx.x; k < parts; k += THREADS) ((uint4*)to)[k] = ((const uint4*)from)[k];
-  for (int i = parts * LANE_NUMS + threadIdx.x; i < count; i += THREADS) to[i] = from[i];
+  ROLLED for (int k = threadIdx.x; k < parts; k += THREADS) copy_aside((uint4*)to + k, (const uint4*)from + k);
+  ROLLED for (int i = parts * LANE_NUMS + threadIdx.x; i < count; i += THREADS) to[i] = from[i];
   free += (count + LANE_NUMS - 1) / LANE_NUMS * LANE_NUMS;
   return to;
 }
@@ -137,13 +139,13 @@ __device__ __forceinline__ void small_product(const num* weight, int outputs, in
                                               Use use) {
   int lanes = 1;
   while (lanes < WARP && lanes * 2 * outputs <= team) lanes *= 2;
-  for (int first = 0; first < outputs; first += team / lanes) {
+  ROLLED for (int first = 0; first < outputs; first += team / lanes) {
     const int j = first + me / lanes;
     float sum = 0.f;
     if (j < outputs)
 #pragma unroll 4
       for (int i = me % lanes; i < columns; i += lanes) sum += widen(weight[j * columns + i]) * x[i];
-    for (int d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    ROLLED for (int d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
     if (j < outputs && me % lanes == 0) use(j, sum);
   }
 }
@@ -167,13 +169,13 @@ __device__ __forceinline__ void gather_features(const Decision& d, const GateRoo
     }
     if (d.reduce_width && me < 2) motion = __ldcg(d.motion_B2 + 2 * b + me);
     if (d.reduce_width)
-      for (int i = me; i < d.reduce_width; i += team) feature[i] = read(d.front + b * d.front_stride + d.reduce_at + i);
+      ROLLED for (int i = me; i < d.reduce_width; i += team) feature[i] = read(d.front + b * d.front_stride + d.reduce_at + i);
     if (d.reduce_width && me < 2) feature[d.reduce_width + me] = motion;
     if (d.preview_width) {
 #pragma unroll
       for (int j = 0; j < HELD; ++j)
         if (me + j * team < d.pooled_width) pooled[me + j * team] = held[j];
-      for (int i = me + HELD * team; i < d.pooled_width; i += team) pooled[i] = read(d.pooled_B + b * d.pooled_width + i);
+      ROLLED for (int i = me + HELD * team; i < d.pooled_width; i += team) pooled[i] = read(d.pooled_B + b * d.pooled_width + i);
       if (me == 0) feature[at + d.preview_width] = entropy;
     }
   }
@@ -183,9 +185,9 @@ __device__ __forceinline__ void gather_features(const Decision& d, const GateRoo
                   [&](int j, float sum) { feature[at + j] = rounded(sum); });
   if (b >= 0 && d.reduce_width && me >= team - WARP) {  // by the row's last warp
     float square = 0.f;
-    for (int i = me % WARP; i < d.reduce_width; i += WARP) square += feature[i] * feature[i];
+    ROLLED for (int i = me % WARP; i < d.reduce_width; i += WARP) square += feature[i] * feature[i];
     const float inverse = rsqrtf(warp_sum(square) / d.reduce_width + d.eps);
-    for (int i = me % WARP; i < d.reduce_width; i += WARP)
+    ROLLED for (int i = me % WARP; i < d.reduce_width; i += WARP)
       feature[i] = rounded(feature[i] * inverse * widen(g.reduce_norm[i]));
   }
   __syncthreads();
@@ -195,7 +197,7 @@ __device__ __forceinline__ void gather_features(const Decision& d, const GateRoo
 __device__ __forceinline__ void find_probabilities(const Decision& d, const GateRoom& g, Fixed& fixed) {
   const int warp = threadIdx.x / WARP;
   const int each = max(1, WARPS / ROWS), at_once = WARPS / each, team = each * WARP;
-  for (int b0 = 0; b0 < ROWS; b0 += at_once) {
+  ROLLED for (int b0 = 0; b0 < ROWS; b0 += at_once) {
     const int place = warp / each, me = threadIdx.x % team;
     const int b = place < at_once && b0 + place < ROWS ? b0 + place : -1;
     float* feature = g.feature + place * MOST_FEATURES;
@@ -210,7 +212,7 @@ __device__ __forceinline__ void find_probabilities(const Decision& d, const Gate
     __syncthreads();
     if (b >= 0 && me == 0) {
       logit = g.out_bias;
-      for (int w = warp; w < warp + each; ++w) logit += fixed.scratch[w];
+      ROLLED for (int w = warp; w < warp + each; ++w) logit += fixed.scratch[w];
       fixed.prob_B[b] = 1.f / (1.f + expf(-fminf(fmaxf(logit, -d.clip), d.clip)));
     }
     __syncthreads();
@@ -232,7 +234,7 @@ __device__ __forceinline__ bool wants_skip(const Decision& d, int b, const Fixed
     return gate_noise(f.seed_B2[2 * b], f.seed_B2[2 * b + 1], (u32)f.position_B[b], (u32)d.leader) < f.prob_B[b];
   if (!d.consensus) return f.prob_B[b] >= f.tau_B[b];
   float prob = 0.f, bar = 0.f;
-  for (int i = 0; i < ROWS; ++i) {
+  ROLLED for (int i = 0; i < ROWS; ++i) {
     prob += f.prob_B[i];
     bar += f.tau_B[i];
   }
@@ -245,10 +247,11 @@ __device__ __forceinline__ void decide(const Decision& d, Team& team, Fixed& fix
   bring_bars(d, fixed);
   // What the layer in front left is visible already: that was awaited before the front product.
   if (d.before_Bd) note_motion(d.before_Bd, d.after_Bd, d.left_skip_B, d.width, d.motion_B2, fixed.sums);
+  await_copies();
   await(team);
   __syncthreads();
   find_probabilities(d, g, fixed);
-  for (int i = threadIdx.x; i < d.members * ROWS; i += THREADS) {
+  ROLLED for (int i = threadIdx.x; i < d.members * ROWS; i += THREADS) {
     const int member = i / ROWS, b = i % ROWS, layer = d.leader + member;
     if (!(d.free_mask >> member & 1)) continue;
     const bool skip = wants_skip(d, b, fixed);
@@ -262,7 +265,7 @@ __device__ __forceinline__ void decide(const Decision& d, Team& team, Fixed& fix
   if (!(d.free_mask & 1)) return;
   team.known_B = d.skip_LB + d.leader * ROWS;
   team.known = false;
-  for (int b = 0; b < ROWS; ++b) team.known |= !wants_skip(d, b, fixed);
+  ROLLED for (int b = 0; b < ROWS; ++b) team.known |= !wants_skip(d, b, fixed);
 }
 
 // Motion after a layer whose successor asks no gate.

@@ -41,7 +41,7 @@ __device__ __forceinline__ u32 nth_largest(u32 key, int wanted, u32* keys, int* 
 __device__ __forceinline__ void offer_keys(const Shortlist& s, int b, const float* score_N, u32 least) {
   const int from = (int)((long long)s.count * blockIdx.x / gridDim.x);
   const int end = (int)((long long)s.count * (blockIdx.x + 1) / gridDim.x);
-  for (int i = from + threadIdx.x; i < end; i += THREADS) {
+  ROLLED for (int i = from + threadIdx.x; i < end; i += THREADS) {
     const u32 k = order_key(__ldcg(score_N + i));
     if (k < least) continue;
     const int place = atomicAdd(s.found_B + b, 1);
@@ -54,14 +54,14 @@ __device__ __forceinline__ void offer_keys(const Shortlist& s, int b, const floa
 // How many keys are at least `least`.
 __device__ __forceinline__ int count_keys(const Shortlist& s, const float* score_N, u32 least, float* scratch) {
   int reach = 0;
-  for (int i = threadIdx.x; i < s.count; i += THREADS) reach += order_key(__ldcg(score_N + i)) >= least;
+  ROLLED for (int i = threadIdx.x; i < s.count; i += THREADS) reach += order_key(__ldcg(score_N + i)) >= least;
   return (int)block_sum((float)reach, scratch);  // exact below 2^24
 }
 
 // The largest key such that at least `wanted` are no smaller, bit by bit: slow, for scores that are much alike.
 __device__ __forceinline__ u32 find_threshold(const Shortlist& s, const float* score_N, float* scratch) {
   u32 threshold = 0;
-  for (int bit = 31; bit >= 0; --bit)
+  ROLLED for (int bit = 31; bit >= 0; --bit)
     if (count_keys(s, score_N, threshold | 1u << bit, scratch) >= s.wanted) threshold |= 1u << bit;
   return threshold;
 }
@@ -70,13 +70,13 @@ __device__ __forceinline__ u32 find_threshold(const Shortlist& s, const float* s
 __device__ __forceinline__ int collect(const Shortlist& s, const float* score_N, u32 bound, int level, int placed, u32* key,
                                        int* index) {
   int* flag = index + FOUND_KEYS;
-  for (int from = 0; from < s.count && placed < s.wanted; from += THREADS) {
+  ROLLED for (int from = 0; from < s.count && placed < s.wanted; from += THREADS) {
     const int i = from + threadIdx.x;
     const u32 k = i < s.count ? order_key(__ldcg(score_N + i)) : 0;
     flag[threadIdx.x] = i < s.count && (level ? k == bound : k > bound);
     __syncthreads();
     int before = placed, all = 0;
-    for (int j = 0; j < THREADS; ++j) {
+    ROLLED for (int j = 0; j < THREADS; ++j) {
       before += j < (int)threadIdx.x && flag[j];
       all += flag[j];
     }
@@ -96,7 +96,7 @@ __device__ __forceinline__ int take_found(const Shortlist& s, int b, const float
   __syncthreads();
   if (threadIdx.x == 0) s.found_B[b] = 0;  // for the next step
   if (found <= FOUND_KEYS) {
-    for (int i = threadIdx.x; i < found; i += THREADS) {
+    ROLLED for (int i = threadIdx.x; i < found; i += THREADS) {
       key[i] = __ldcg(s.key_BF + b * FOUND_KEYS + i);
       index[i] = __ldcg(s.place_BF + b * FOUND_KEYS + i);
     }
@@ -113,15 +113,15 @@ __device__ __forceinline__ void shortlist(const Shortlist& s, Team& team, Fixed&
   u32* key = (u32*)room;
   int* index = (int*)(key + FOUND_KEYS);
   await(team);
-  for (int b = 0; b < ROWS; ++b) {
+  ROLLED for (int b = 0; b < ROWS; ++b) {
     const float* score_N = s.score_BN + (long long)b * s.count;
     const u32 best = (int)threadIdx.x < s.offers ? order_key(__ldcg(s.best + threadIdx.x * ROWS + b)) : 0;
     offer_keys(s, b, score_N, nth_largest(best, s.wanted, key, fixed.counts));
     if (arrive_last(s.arrived_B + b, gridDim.x, fixed.counts)) {
       const int found = take_found(s, b, score_N, fixed, key, index);
-      for (int i = threadIdx.x; i < found; i += THREADS) {
+      ROLLED for (int i = threadIdx.x; i < found; i += THREADS) {
         int before = 0;
-        for (int j = 0; j < found; ++j) before += key[j] > key[i] || (key[j] == key[i] && index[j] < index[i]);
+        ROLLED for (int j = 0; j < found; ++j) before += key[j] > key[i] || (key[j] == key[i] && index[j] < index[i]);
         if (before < s.wanted) s.index_BM[b * s.wanted + before] = index[i];
       }
     }
@@ -156,13 +156,14 @@ struct Look {
 #define CONV_GROUP 16
 #define MOST_HORIZONS 64
 #define SEEN 3  // horizons that the convolution joins
-#define TAP_PARTS (CONV_GROUP * SEEN / LANE_NUMS)
+#define TAP_WORDS (CONV_GROUP * SEEN * (int)sizeof(num) / 4)  // of one output; in shared memory one more, an odd number
 
 // ŵ, in all lanes of a warp.
 __device__ __forceinline__ float predict_window(const Look& l, int b) {
   if (l.fixed_window >= 0.f) return l.fixed_window;
   const num* hidden = l.front + b * l.front_stride + l.window_at;
   float sum = 0.f;
+#pragma unroll 2
   for (int i = threadIdx.x % WARP; i < l.window_hidden; i += WARP)
     sum += rounded(silu(read(hidden + i))) * widen(l.window_out[i]);
   const float logit = rounded(warp_sum(sum) + widen(l.window_bias[0]));
@@ -183,6 +184,7 @@ struct LookRoom {
   float* value;   // [SEEN, R]
   float* score;   // [SEEN, M]
   float* weight;  // [K], of all horizons
+  u32* taps;      // [R, TAP_WORDS + 1]
   int pitch, low, seen;
 };
 
@@ -199,9 +201,10 @@ __device__ __forceinline__ void gather(const Look& l, int b, const LookRoom& m) 
 
 // score[h][m] = q_h · E_m, rounded.
 __device__ __forceinline__ void score_candidates(const Look& l, const LookRoom& m) {
-  for (int i = threadIdx.x; i < m.seen * l.candidates; i += THREADS) {
+  ROLLED for (int i = threadIdx.x; i < m.seen * l.candidates; i += THREADS) {
     const int h = i / l.candidates, c = i % l.candidates;
     float sum[2] = {};
+#pragma unroll 4
     for (int r = 0; r < l.rank; r += 4) {
       const float4 e = *(const float4*)(m.table + c * m.pitch + r), q = *(const float4*)(m.query + h * l.rank + r);
       sum[0] += q.x * e.x + q.y * e.y;
@@ -217,11 +220,11 @@ __device__ __forceinline__ void normalise(const Look& l, int b, const LookRoom& 
   if (h >= m.seen) return;
   float* score = m.score + h * l.candidates;
   float top = MINUS_INFINITY, total = 0.f, entropy = 0.f;
-  for (int c = lane; c < l.candidates; c += WARP) top = fmaxf(top, score[c]);
+  ROLLED for (int c = lane; c < l.candidates; c += WARP) top = fmaxf(top, score[c]);
   top = warp_max(top);
-  for (int c = lane; c < l.candidates; c += WARP) total += expf(score[c] - top);
+  ROLLED for (int c = lane; c < l.candidates; c += WARP) total += expf(score[c] - top);
   total = warp_sum(total);
-  for (int c = lane; c < l.candidates; c += WARP) {
+  ROLLED for (int c = lane; c < l.candidates; c += WARP) {
     const float prob = expf(score[c] - top) / total;
     if (prob > 0.f) entropy -= prob * logf(prob);
     score[c] = rounded(prob);
@@ -232,7 +235,7 @@ __device__ __forceinline__ void normalise(const Look& l, int b, const LookRoom& 
 
 // value[h][r] = α_h · Σ_m prob[h][m]·E_m[r], rounded after the sum and after the weight.
 __device__ __forceinline__ void expect(const Look& l, const LookRoom& m) {
-  for (int i = threadIdx.x; i < m.seen * l.rank; i += THREADS) {
+  ROLLED for (int i = threadIdx.x; i < m.seen * l.rank; i += THREADS) {
     const int h = i / l.rank, r = i % l.rank;
     float sum = 0.f;
 #pragma unroll 8
@@ -241,30 +244,28 @@ __device__ __forceinline__ void expect(const Look& l, const LookRoom& m) {
   }
 }
 
-// The grouped convolution's output r for horizon h, SiLU and weight included. taps: [16, 3] of this r.
-__device__ __forceinline__ float convolve(const Look& l, const LookRoom& m, int h, int r, const uint4* taps) {
-  const int group = r / CONV_GROUP * CONV_GROUP;
+// The grouped convolution's output r for horizon h, SiLU and weight included.
+__device__ __forceinline__ float convolve(const Look& l, const LookRoom& m, int h, int r) {
+  const num* taps = (const num*)(m.taps + r * (TAP_WORDS + 1));
+  const float* value = m.value + r / CONV_GROUP * CONV_GROUP;
   float sum = widen(l.mix_bias[r]);
+#pragma unroll 4
+  for (int i = 0; i < CONV_GROUP; ++i)
 #pragma unroll
-  for (int k = 0; k < TAP_PARTS; ++k) {
-    float tap[LANE_NUMS];
-    unpack(taps[k], tap);
-#pragma unroll
-    for (int j = 0; j < LANE_NUMS; ++j) {
-      const int i = (k * LANE_NUMS + j) / SEEN, at = h + (k * LANE_NUMS + j) % SEEN - 1 - m.low;
-      if (at >= 0 && at < m.seen) sum = fmaf(tap[j], m.value[at * l.rank + group + i], sum);
+    for (int t = 0; t < SEEN; ++t) {
+      const int at = h + t - 1 - m.low;
+      if (at >= 0 && at < m.seen) sum = fmaf(widen(taps[i * SEEN + t]), value[at * l.rank + i], sum);
     }
-  }
   return rounded(rounded(silu(rounded(sum))) * m.weight[h]);
 }
 
 // Σ_h value_h / Σ_h α_h, by the block that comes last.
 __device__ __forceinline__ void pool(const Look& l, int b, const LookRoom& m) {
-  for (int r = threadIdx.x; r < l.rank; r += THREADS) {
+  ROLLED for (int r = threadIdx.x; r < l.rank; r += THREADS) {
     float sum = 0.f, total = 0.f;
 #pragma unroll 16
     for (int h = 0; h < l.horizons; ++h) sum += __ldcg(l.mixed_BKR + ((long long)b * l.horizons + h) * l.rank + r);
-    for (int h = 0; h < l.horizons; ++h) total += m.weight[h];
+    ROLLED for (int h = 0; h < l.horizons; ++h) total += m.weight[h];
     l.pooled_BR[b * l.rank + r] = narrow(rounded(sum) / rounded(rounded(total) + 1e-6f));
   }
 }
@@ -280,11 +281,12 @@ __device__ __forceinline__ void look_at(const Look& l, int b, int h, Team& team,
   m.weight = m.score + SEEN * l.candidates;
   m.low = l.mix ? max(h - 1, 0) : h;
   m.seen = (l.mix ? min(h + 2, l.horizons) : h + 1) - m.low;
-  uint4 taps[TAP_PARTS];
+  m.taps = (u32*)(m.weight + MOST_HORIZONS);
   const int r = threadIdx.x;
-  if (l.mix && r < l.rank)
-#pragma unroll
-    for (int k = 0; k < TAP_PARTS; ++k) taps[k] = ((const uint4*)(l.mix + r * CONV_GROUP * SEEN))[k];
+  if (l.mix)
+#pragma unroll 4
+    for (int k = threadIdx.x; k < l.rank * TAP_WORDS; k += THREADS)
+      m.taps[k / TAP_WORDS * (TAP_WORDS + 1) + k % TAP_WORDS] = ((const u32*)l.mix)[k];
   if (l.early) gather(l, b, m);
   await(team);
 #pragma unroll 2
@@ -293,7 +295,7 @@ __device__ __forceinline__ void look_at(const Look& l, int b, int h, Team& team,
   if (!l.early) gather(l, b, m);
   if (threadIdx.x >= THREADS - WARP) {
     const float window = predict_window(l, b);
-    for (int k = threadIdx.x % WARP; k < l.horizons; k += WARP) m.weight[k] = rounded(inclusion(l, window, k));
+    ROLLED for (int k = threadIdx.x % WARP; k < l.horizons; k += WARP) m.weight[k] = rounded(inclusion(l, window, k));
   }
   __syncthreads();
   score_candidates(l, m);
@@ -303,12 +305,12 @@ __device__ __forceinline__ void look_at(const Look& l, int b, int h, Team& team,
   expect(l, m);
   __syncthreads();
   if (r < l.rank)
-    l.mixed_BKR[((long long)b * l.horizons + h) * l.rank + r] = l.mix ? convolve(l, m, h, r, taps) : m.value[r];
+    l.mixed_BKR[((long long)b * l.horizons + h) * l.rank + r] = l.mix ? convolve(l, m, h, r) : m.value[r];
   if (arrive_last(l.arrived_B + b, l.horizons, fixed.counts)) pool(l, b, m);
 }
 
 __device__ __forceinline__ void look(const Look& l, Team& team, Fixed& fixed, unsigned char* room) {
-  for (int i = blockIdx.x; i < l.horizons * ROWS; i += gridDim.x) {
+  ROLLED for (int i = blockIdx.x; i < l.horizons * ROWS; i += gridDim.x) {
     look_at(l, i / l.horizons, i % l.horizons, team, fixed, room);
     __syncthreads();
   }

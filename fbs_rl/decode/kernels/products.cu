@@ -6,6 +6,7 @@
 // last, if the layer looks as if it ran. Sums meet in shared memory, where the output stage finds them.
 
 #define MOST_SLOTS 16
+#define PIECES_AT_ONCE (ROWS * OUT_ROWS == 1 ? 4 : 1)  // of 16 bytes a lane
 
 // What a block needs to know to ask for a product's weights.
 struct Weights {
@@ -74,6 +75,7 @@ __device__ __forceinline__ const num* weight_row(const Weights& w, int row) {
 // What a thread staged of a row, normed in place.
 __device__ __forceinline__ void norm_row(int input, num* x, const num* norm, int columns, int from, int stride,
                                          float inverse) {
+#pragma unroll 2
   for (int k = from; k < columns / LANE_NUMS; k += stride) {
     float v[LANE_NUMS], weight[LANE_NUMS];
     unpack(((const uint4*)x)[k], v);
@@ -81,8 +83,8 @@ __device__ __forceinline__ void norm_row(int input, num* x, const num* norm, int
 #pragma unroll
     for (int i = 0; i < LANE_NUMS; ++i) {
       v[i] *= inverse;
-      if (input == NORMED) v[i] = rounded(v[i]) * weight[i];
-      if (input == PRENORMED) v[i] *= weight[i];
+      if (input == NORMED) v[i] = rounded(v[i]);
+      if (input != UNIT) v[i] *= weight[i];
     }
     ((uint4*)x)[k] = pack(v);
   }
@@ -107,6 +109,7 @@ __device__ __forceinline__ float stage_row(const Product& p, int b, num* row, in
 
 __device__ __forceinline__ void stage_mean(const Product& p, int b, num* row, int from, int stride) {
   const float size = fmaxf((float)__ldcg(p.size_B + b), 1.f);
+#pragma unroll 4
   for (int k = from; k < p.weights.columns; k += stride)
     row[k] = narrow(__ldcg(p.sum_Bd + (long long)b * p.weights.columns + k) / size);
 }
@@ -115,7 +118,7 @@ __device__ __forceinline__ void stage_mean(const Product& p, int b, num* row, in
 __device__ __forceinline__ void stage(const Product& p, int input, num* x, const num* norm, float* scratch) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, columns = p.weights.columns;
   const int each = max(1, WARPS / ROWS), at_once = WARPS / each;
-  for (int b0 = 0; b0 < ROWS; b0 += at_once) {
+  ROLLED for (int b0 = 0; b0 < ROWS; b0 += at_once) {
     const int b = b0 + warp / each, from = warp % each * WARP + lane, stride = each * WARP;
     const bool mine = b < ROWS && warp / each < at_once;
     num* row = x + b * columns;
@@ -127,7 +130,7 @@ __device__ __forceinline__ void stage(const Product& p, int input, num* x, const
     if (lane == 0) scratch[warp] = square;
     __syncthreads();
     square = 0.f;
-    for (int w = warp / each * each; w < warp / each * each + each && w < WARPS; ++w) square += scratch[w];
+    ROLLED for (int w = warp / each * each; w < warp / each * each + each && w < WARPS; ++w) square += scratch[w];
     if (mine) norm_row(input, row, norm, columns, from, stride, rsqrtf(square / columns + p.eps));
     __syncthreads();
   }
@@ -156,6 +159,7 @@ __device__ __forceinline__ float skipped_output(const Product& p, int b, int n) 
   const float state = read(p.state_Bd + b * p.out_stride + n);
   if (!p.adapter_up) return state;
   float sum = 0.f;
+#pragma unroll 8
   for (int j = 0; j < p.adapter_rank; ++j)
     sum += widen(p.adapter_up[(long long)n * p.adapter_rank + j]) *
            rounded(silu(read(p.adapter_down + b * p.down_stride + j)));
@@ -188,7 +192,7 @@ __device__ __forceinline__ void finish(const Product& p, int output, int b, int 
 __device__ __forceinline__ float part_sum(int splits, const float* sums, int j, int b) {
   const int group = j / OUT_ROWS, r = j % OUT_ROWS;
   float sum = 0.f;
-  for (int s = 0; s < splits; ++s) sum += sums[((group * splits + s) * OUT_ROWS + r) * ROWS + b];
+  ROLLED for (int s = 0; s < splits; ++s) sum += sums[((group * splits + s) * OUT_ROWS + r) * ROWS + b];
   return sum;
 }
 
@@ -213,7 +217,7 @@ __device__ __forceinline__ void block_best(float value, int index, Fixed& fixed,
   }
   __syncthreads();
   if (threadIdx.x) return;
-  for (int w = 1; w < WARPS; ++w) better(value, index, fixed.values[w], fixed.indices[w]);
+  ROLLED for (int w = 1; w < WARPS; ++w) better(value, index, fixed.values[w], fixed.indices[w]);
   *best = value;
   if (best_at) *best_at = index;
 }
@@ -222,16 +226,16 @@ __device__ __forceinline__ void output_stage(const Product& p, int output, const
                                              const Terms& early, Fixed& fixed) {
   const int splits = p.weights.splits;
   if (output == GATED) {
-    for (int i = threadIdx.x; i < count / 2 * ROWS; i += THREADS) {
+    ROLLED for (int i = threadIdx.x; i < count / 2 * ROWS; i += THREADS) {
       const int pair = i / ROWS, b = i % ROWS;
       finish(p, output, b, first_row / 2 + pair, part_sum(splits, sums, 2 * pair, b),
              part_sum(splits, sums, 2 * pair + 1, b), true, early);
     }
   } else if (output == LOGITS || output == SCORED) {
-    for (int b = 0; b < ROWS; ++b) {
+    ROLLED for (int b = 0; b < ROWS; ++b) {
       float value = MINUS_INFINITY;
       int index = 0x7fffffff;
-      for (int j = threadIdx.x; j < count; j += THREADS) {
+      ROLLED for (int j = threadIdx.x; j < count; j += THREADS) {
         const float sum = part_sum(splits, sums, j, b);
         finish(p, output, b, first_row + j, sum, 0.f, true, terms_of(p, output, b, first_row + j));
         better(value, index, output == SCORED ? rounded(sum) + p.prior_N[first_row + j] : rounded(sum), first_row + j);
@@ -240,7 +244,7 @@ __device__ __forceinline__ void output_stage(const Product& p, int output, const
                  output == LOGITS ? p.best_index + blockIdx.x * ROWS + b : nullptr);
     }
   } else {
-    for (int i = threadIdx.x; i < count * ROWS; i += THREADS) {
+    ROLLED for (int i = threadIdx.x; i < count * ROWS; i += THREADS) {
       const int b = i % ROWS, n = first_row + i / ROWS;
       finish(p, output, b, n, part_sum(splits, sums, i / ROWS, b), 0.f, true, i < THREADS ? early : terms_of(p, output, b, n));
     }
@@ -310,11 +314,12 @@ __device__ __forceinline__ void open(const Weights& w, Stream& s, int call, int 
 
 // Wait for what was asked for and is not wanted.
 __device__ __forceinline__ void drop(Stream& s) {
-  for (int slot = 0; slot < min(s.slots, s.count); ++slot) await_slot(s, slot);
+  ROLLED for (int slot = 0; slot < min(s.slots, s.count); ++slot) await_slot(s, slot);
   s.call = -1;
 }
 
 __device__ __forceinline__ void multiply(const Weights& w, const num* x, const num* weight, float acc[OUT_ROWS][ROWS]) {
+#pragma unroll PIECES_AT_ONCE
   for (int k = threadIdx.x % WARP * LANE_NUMS; k < w.chunk; k += WARP * LANE_NUMS) {
     float v[OUT_ROWS][LANE_NUMS];
 #pragma unroll
@@ -337,7 +342,7 @@ __device__ __forceinline__ void run_stream(const Weights& given, Stream& s, cons
   const int lane = threadIdx.x % WARP;
   float acc[OUT_ROWS][ROWS] = {};
   int unit = threadIdx.x / WARP, chunk = 0, slot = 0, column = 0;
-  for (int left = s.count; left > 0; --left) {
+  ROLLED for (int left = s.count; left > 0; --left) {
     if (chunk == 0) column = unit % w.splits * w.unit_chunks * w.chunk;
     await_slot(s, slot);
     multiply(w, x + column, s.ring + slot * OUT_ROWS * w.chunk, acc);
@@ -373,7 +378,7 @@ __device__ __forceinline__ void share_of(const Weights& w, int& first, int& end)
 // Whether a block whose groups end before `end` has nothing to multiply. runs: some row runs the layer.
 __device__ __forceinline__ bool idle(const Weights& w, int end, bool runs) {
   if (w.slot_B) {
-    for (int b = 0; b < ROWS; ++b)
+    ROLLED for (int b = 0; b < ROWS; ++b)
       if (__ldcg(w.slot_B + b) >= 0) return false;
     return true;
   }
@@ -397,7 +402,7 @@ __device__ __forceinline__ void bring_share_near(const Weights& w, Team& team) {
   if (first == end || idle(w, end, layer_runs(w.skip_B, team))) return;
   const int bytes = w.columns * sizeof(num), last = min(end * OUT_ROWS, row_count(w));
   const int near = min(last, first * OUT_ROWS + NEAR_BYTES / bytes);
-  for (int row = first * OUT_ROWS + threadIdx.x; row < near; row += THREADS) bring_near(weight_row(w, row), bytes);
+  ROLLED for (int row = first * OUT_ROWS + threadIdx.x; row < near; row += THREADS) bring_near(weight_row(w, row), bytes);
 }
 
 __device__ __forceinline__ void product(const Product& p, int input, int output, int call, Stream& s, Team& team,
@@ -410,14 +415,16 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
   share_of(w, first, end);
   const int end_row = min(end * OUT_ROWS, row_count(w));
   if (p.norm)
-    for (int k = threadIdx.x; k < w.columns / LANE_NUMS; k += THREADS) ((uint4*)norm)[k] = ((const uint4*)p.norm)[k];
+    ROLLED for (int k = threadIdx.x; k < w.columns / LANE_NUMS; k += THREADS)
+      copy_aside((uint4*)norm + k, (const uint4*)p.norm + k);
+  await_copies();
   await(team);
   if (first == end) return;
   const bool runs = layer_runs(w.skip_B, team);
   if (idle(w, end, runs)) {
     if (s.call == call) drop(s);
     if (output == LAYER_END || output == INJECT)
-      for (int i = threadIdx.x; i < (end_row - first * OUT_ROWS) * ROWS; i += THREADS) {
+      ROLLED for (int i = threadIdx.x; i < (end_row - first * OUT_ROWS) * ROWS; i += THREADS) {
         const int b = i % ROWS, n = first * OUT_ROWS + i / ROWS;
         finish(p, output, b, n, 0.f, 0.f, false, terms_of(p, output, b, n));
       }

@@ -70,7 +70,7 @@ __device__ __forceinline__ Block open_block(const Program& p, unsigned char* sha
   b.stream.call = -1;
   b.stream.count = b.stream.slots = 0;
   if (threadIdx.x % WARP == 0)
-    for (int i = 0; i < MOST_SLOTS; ++i) make_barrier(b.stream.arrivals + i);
+    ROLLED for (int i = 0; i < MOST_SLOTS; ++i) make_barrier(b.stream.arrivals + i);
   if (threadIdx.x == 0) show_barriers();
   return b;
 }
@@ -78,7 +78,7 @@ __device__ __forceinline__ Block open_block(const Program& p, unsigned char* sha
 __device__ __forceinline__ bool is_void(const Call& c, Team& team) {
   if (!c.void_B) return false;
   if (!c.void_slots) return !layer_runs(c.void_B, team);
-  for (int b = 0; b < ROWS; ++b)
+  ROLLED for (int b = 0; b < ROWS; ++b)
     if (__ldcg(c.void_B + b) >= 0) return false;
   return true;
 }
@@ -106,7 +106,7 @@ __device__ __forceinline__ void make_call(const Call& c, int number, Block& b) {
 
 __device__ __forceinline__ void copy_call(const Call* from, Call* to) {
   const int lane = threadIdx.x % WARP;
-  for (int i = lane; i < (int)(sizeof(Call) / 16); i += WARP) ((uint4*)to)[i] = ((const uint4*)from)[i];
+  ROLLED for (int i = lane; i < (int)(sizeof(Call) / 16); i += WARP) ((uint4*)to)[i] = ((const uint4*)from)[i];
 }
 
 __device__ __forceinline__ void walk(const Program& p, unsigned char* shared) {
@@ -114,7 +114,7 @@ __device__ __forceinline__ void walk(const Program& p, unsigned char* shared) {
   Block b = open_block(p, shared);
   if (threadIdx.x < WARP) copy_call(p.calls + p.first, held);
   __syncthreads();
-  for (int at = p.first; at < p.end; ++at) {
+  ROLLED for (int at = p.first; at < p.end; ++at) {
     const Call& c = held[(at - p.first) % 2];
     const bool more = at + 1 < p.end;
     if (more && threadIdx.x >= THREADS - WARP) copy_call(p.calls + at + 1, held + (at + 1 - p.first) % 2);

@@ -10,9 +10,10 @@ struct Embed {
 
 __device__ __forceinline__ void embed(const Embed& e, Team& team) {
   await(team);
-  for (int b = blockIdx.x; b < ROWS; b += gridDim.x) {
+  ROLLED for (int b = blockIdx.x; b < ROWS; b += gridDim.x) {
     if (e.motion_B2 && threadIdx.x < 2) e.motion_B2[2 * b + threadIdx.x] = (float)threadIdx.x;  // δ = 0, cos = 1
     const uint4* row = (const uint4*)(e.table + (long long)__ldcg(e.token_B + b) * e.width);
+#pragma unroll 2
     for (int k = threadIdx.x; k < e.width / LANE_NUMS; k += THREADS)
       ((uint4*)(e.state_Bd + (long long)b * e.width))[k] = row[k];
   }
@@ -37,10 +38,10 @@ __device__ __forceinline__ void advance(const Advance& a, Team& team, Fixed& fix
   int* best_at = (int*)(best + ROWS);
   await(team);
   if (blockIdx.x) return;
-  for (int b = 0; b < ROWS && a.offers; ++b) {
+  ROLLED for (int b = 0; b < ROWS && a.offers; ++b) {
     float value = MINUS_INFINITY;
     int index = 0x7fffffff;
-    for (int i = threadIdx.x; i < a.offers; i += THREADS)
+    ROLLED for (int i = threadIdx.x; i < a.offers; i += THREADS)
       better(value, index, __ldcg(a.best + i * ROWS + b), __ldcg(a.best_index + i * ROWS + b));
     block_best(value, index, fixed, best + b, best_at + b);
   }
