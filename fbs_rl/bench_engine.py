@@ -6,6 +6,7 @@ vLLM changes the process that it runs in, and two engines in one would compete f
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -111,8 +112,14 @@ def serve_engine(connection: Connection, spec: EngineSpec) -> None:
     except EOFError:
         return
     except Exception as error:
-        connection.send(f"{type(error).__name__}: {error}")
+        connection.send(_said(error))
         raise
+
+
+def _said(error: Exception) -> str:
+    """What went wrong, in a line: vLLM checks its options with pydantic, which wraps a sentence in several."""
+    wrapped = re.search(r"Value error, (.*?) \[type=", str(error))
+    return f"{type(error).__name__}: {error}" if wrapped is None else wrapped.group(1)
 
 
 class _Engine:
@@ -142,8 +149,12 @@ class _Engine:
     def facts(self) -> EngineFacts:
         import vllm
 
-        compilation: Any = self.llm.llm_engine.vllm_config.compilation_config
-        return EngineFacts(vllm.__version__, compilation.mode.name, compilation.cudagraph_mode.name)
+        config: Any = self.llm.llm_engine.vllm_config
+        compilation = config.compilation_config
+        # The plugin's graphs are its own.
+        ours = (config.additional_config or {}).get("fbs", {})
+        graphs = ours.get("graphs", compilation.cudagraph_mode.name.lower())
+        return EngineFacts(vllm.__version__, compilation.mode.name.lower(), graphs)
 
     def answer(self, asked: RoundSpec | RequestSpec) -> Round | Request:
         return self.run(asked) if isinstance(asked, RoundSpec) else self.request(asked)

@@ -64,7 +64,8 @@ def test_vllm_takes_its_turns_beside_the_others(capfd: pytest.CaptureFixture[str
     arguments = words("latency", "--skip", "0.5", *engines, "--serving", "decode_path=masked")
     assert main([*arguments, "--batches", "1,2", "--json"]) == 0
     made = json.loads(capfd.readouterr().out)  # nothing that vLLM prints is among it
-    assert set(made["vllm"]) == {"vllm", "vllm-fbs"} and made["vllm"]["vllm"]["vllm"]
+    assert set(made["vllm"]) == {"vllm", "vllm-fbs"}
+    assert all(facts["vllm"] and facts["cuda_graphs"] == "none" for facts in made["vllm"].values())
     names = ["plain", "50% forced", "50% drawn"]
     wanted = [f"incremental, {n}" for n in names] + ["vllm, dense", "vllm-fbs, dense"]
     wanted += [f"vllm-fbs, {n}" for n in names[1:]]
@@ -86,6 +87,14 @@ def test_vllm_takes_its_turns_beside_the_others(capfd: pytest.CaptureFixture[str
     lines = describe(made).split("\n")
     assert "vllm-fbs is vLLM" in lines[0] and "request / vLLM" in lines[2]
     assert len({line.count("|") for line in lines[2:]}) == 1
+
+
+def test_an_engine_that_cannot_start_says_why(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(words("latency", "--engines", "vllm-fbs", "--serving", "decode_path=fast")) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.splitlines()[-1] == (
+        "bench: the engine vllm-fbs could not start: fbs.decode_path is 'fast'; it must be one of compact, masked"
+    )
 
 
 def test_batches_and_overheads(capsys: pytest.CaptureFixture[str]) -> None:

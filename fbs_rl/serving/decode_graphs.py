@@ -3,12 +3,13 @@
 A graph reads memory of its own, which is filled before each replay, and what it decided is fetched after it in one
 copy. vLLM's own graphs are not used: they pad a batch, and are captured with requests that do not exist.
 
-Letters: R rows of one token each, L layers, P pages of a request.
+Letters: R rows of one token each, L layers, d hidden size.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -45,7 +46,12 @@ class CudaRecorder:
         # Other threads (of a server, of a compiler) may use the device meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             work()
-        return graph.replay
+        # The pool first: what a call holds is let go from behind, and a pool must outlive its graphs.
+        return functools.partial(_replay, self._pool, graph)
+
+
+def _replay(pool: Any, graph: torch.cuda.CUDAGraph) -> None:
+    graph.replay()
 
 
 @dataclass(slots=True)
