@@ -4,9 +4,10 @@ latency: one row, every way of decoding side by side. batch: 1, 4 and 8 rows, wh
 overhead: what the modules cost when nothing is skipped. table: saved results as one Markdown table.
 
 A request is a prompt of 512 tokens and 128 forced steps: what is fed does not depend on what a model says.
-20 warm-ups, 50 runs, variants in turns in one process, CUDA events, medians. Shares of skipped layers are
-forced: gates are computed in full, but answer what gives the share, so no quality is implied; with --tau the
-gates decide. With --geometry weights are random: latency alone.
+20 warm-ups, 50 runs, variants in turns, CUDA events, medians. Shares of skipped layers are forced: gates are
+computed in full, but answer what gives the share, so no quality is implied; with --tau the gates decide. With
+--geometry weights are random: latency alone. vLLM (engines vllm, vllm-fbs) takes its turns in processes of its
+own and by the host's clock; see latency_vllm.py.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from fbs_rl.latency_engines import Variant, Workload, make_engine
+from fbs_rl.latency_engines import Engine, OwnClock, Variant, Workload, make_engine
 from fbs_rl.latency_figures import draw_steps, make_figures, markdown_table
 from fbs_rl.latency_protocol import copy_bandwidth, describe_device, measure
+from fbs_rl.latency_vllm import PLUGIN, STOCK, VLLMOptions, VLLMProcesses, start
 from fbs_rl.model.backbone import SMOLLM2, ModelSource, load_backbone
 from fbs_rl.model.configuration import PRESETS, FBSConfig
 from fbs_rl.model.modeling import FBSForCausalLM
@@ -32,7 +35,7 @@ from fbs_rl.model_geometry import GEOMETRIES, random_backbone
 from fbs_rl.types import GateMode
 
 _BATCHES = {"latency": "1", "batch": "1,4,8", "overhead": "1"}
-ENGINES = ("transformers", "incremental", "graph")
+ENGINES = ("transformers", "incremental", "graph", STOCK, PLUGIN)
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +45,9 @@ def main(argv: list[str]) -> int:
         if arguments.what == "table":
             print(_saved_table(arguments.files))
             return 0
-        result = run(arguments)
+        # Libraries that are imported on the way print to where the result goes.
+        with redirect_stdout(sys.stderr):
+            result = run(arguments)
     except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -61,31 +66,54 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     batches = [int(word) for word in (arguments.batches or _BATCHES[arguments.what]).split(",")]
     plain, models = _models(arguments, dtype, device)
     bandwidth = copy_bandwidth(device)
+    most = Workload(max(batches), arguments.prompt_tokens, arguments.new_tokens)
+    served = list(dict.fromkeys(v.engine for v in variants if v.engine in (STOCK, PLUGIN)))
+    options = VLLMOptions(dtype, device, _overrides(arguments.vllm), _overrides(arguments.serving))
     rows = []
-    for batch in batches:
-        load = Workload(batch, arguments.prompt_tokens, arguments.new_tokens)
-        makers = {
-            variant.name: lambda v=variant, w=load: make_engine(v, models[v.modules], plain, w, None)
-            for variant in variants
-        }  # fmt: skip
-        say = _progress(batch)
-        vocabulary = models[False].config.vocab_size
-        found = measure(makers, load, arguments.warmups, arguments.runs, vocabulary, device, say)
-        first = found[variants[0].name][1]
-        for variant in variants:
-            engine, sample = found[variant.name]
-            figures = make_figures(variant, engine, sample, first, load, bandwidth, dtype.itemsize)
-            log = {
-                "entropy_T": sample.entropy_T.tolist(),
-                "step_ms_T": torch.from_numpy(sample.step_RT).median(0).values.tolist(),
-            }
-            rows.append(dataclasses.asdict(figures) | {"tokens": log})
+    with start(served, plain, models[True], most, options) as processes:
+        for batch in batches:
+            load = dataclasses.replace(most, rows=batch)
+            makers = {v.name: _maker(v, load, plain, models, processes) for v in variants}
+            rows += _measured(variants, makers, load, bandwidth, plain, arguments)
     return {
         "settings": {k: v for k, v in vars(arguments).items() if k != "files"},
         "host": describe_device(device) | {"copy_bytes_per_s": bandwidth},
+        "vllm": {name: dataclasses.asdict(facts) for name, facts in processes.facts.items()},
         "random_weights": arguments.geometry is not None,
         "rows": rows,
     }
+
+
+def _maker(
+    variant: Variant, load: Workload, plain: Any, models: dict[bool, FBSForCausalLM], processes: VLLMProcesses
+) -> Callable[[], Engine | OwnClock]:  # fmt: skip
+    model = models[variant.modules]
+    if variant.engine in processes.channels:
+        return lambda: processes.engine(variant, model.config, load)
+    return lambda: make_engine(variant, model, plain, load, None)
+
+
+def _measured(
+    variants: Sequence[Variant], makers: dict[str, Callable[[], Engine | OwnClock]], load: Workload,
+    bandwidth: float, plain: Any, arguments: argparse.Namespace,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of one batch size. plain: the backbone."""
+    vocabulary, say = plain.config.vocab_size, _progress(load.rows)
+    found = measure(makers, load, arguments.warmups, arguments.runs, vocabulary, plain.device, say)
+    samples = {variant.name: found[variant.name][1] for variant in variants}
+    stock = next((samples[v.name] for v in variants if v.engine == STOCK), None)
+    rows = []
+    for variant in variants:
+        engine, sample = found[variant.name]
+        figures = make_figures(
+            variant, engine, sample, samples[variants[0].name], load, bandwidth, plain.dtype.itemsize, stock
+        )  # fmt: skip
+        log = {
+            "entropy_T": None if sample.entropy_T is None else sample.entropy_T.tolist(),
+            "step_ms_T": torch.from_numpy(sample.step_RT).median(0).values.tolist(),
+        }
+        rows.append(dataclasses.asdict(figures) | {"tokens": log})
+    return rows
 
 
 def choose_variants(
@@ -94,9 +122,7 @@ def choose_variants(
     """The variants of a subcommand, the one that others are held against first."""
     unknown = sorted(set(engines) - set(ENGINES))
     if unknown:
-        raise ValueError(
-            f"no engine {unknown[0]!r}; there are {', '.join(ENGINES)} (vLLM: python -m fbs_rl.bench vllm)"
-        )
+        raise ValueError(f"no engine {unknown[0]!r}; there are {', '.join(ENGINES)}")
     share, tau = arguments.skip, arguments.tau
     threshold, sample = GateMode.THRESHOLD, GateMode.SAMPLE
     found: list[Variant] = []
@@ -104,7 +130,13 @@ def choose_variants(
         if engine == "transformers":
             found.append(Variant(engine, engine, modules=False))
             continue
-        found.append(Variant(f"{engine}, plain", engine, modules=False))
+        if engine == STOCK:
+            found.append(Variant(f"{engine}, dense", engine, modules=False))
+            continue
+        if engine != PLUGIN:
+            found.append(Variant(f"{engine}, plain", engine, modules=False))
+        elif what != "overhead":  # which has it under another name
+            found.append(Variant(f"{engine}, dense", engine, modules=True))
         if what == "overhead":
             found += [
                 Variant(f"{engine}, modules, no gates", engine, True),
@@ -125,10 +157,7 @@ def _models(
     arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, dict[bool, FBSForCausalLM]]:
     """(the backbone, FBS models without and with modules), all on the same weights."""
-    overrides = {
-        word.partition("=")[0]: yaml.safe_load(word.partition("=")[2]) for word in arguments.set
-    }
-    config = FBSConfig.preset(arguments.preset, **overrides)
+    config = FBSConfig.preset(arguments.preset, **_overrides(arguments.set))
     plain: Any
     if arguments.geometry is not None:
         plain = random_backbone(arguments.geometry, dtype, device)
@@ -137,6 +166,11 @@ def _models(
         plain = plain.to(device)
     without = FBSForCausalLM.from_backbone(plain, FBSConfig(paw=False, chunk=False, gate=False))
     return plain, {False: without, True: FBSForCausalLM.from_backbone(plain, config)}
+
+
+def _overrides(words: Sequence[str]) -> dict[str, Any]:
+    """OPTION=VALUE, values read as YAML."""
+    return {word.partition("=")[0]: yaml.safe_load(word.partition("=")[2]) for word in words}
 
 
 def _device(word: str | None) -> torch.device:
@@ -159,10 +193,14 @@ def describe(result: dict[str, Any]) -> str:
     settings, host = result["settings"], result["host"]
     source = settings["geometry"] or settings["model"]
     random = " with random weights (latency only)" if result["random_weights"] else ""
+    engines = [
+        f"{name} is vLLM {it['vllm']}, compilation {it['compilation']}, CUDA graphs {it['cuda_graphs']}; "
+        for name, it in result.get("vllm", {}).items()
+    ]
     return (
         f"{source}{random}, preset {settings['preset']}, {settings['dtype']}, "
         f"{settings['prompt_tokens']} -> {settings['new_tokens']} forced tokens, {settings['warmups']} warm-ups, "
-        f"{settings['runs']} runs, interleaved; {host['device']}, torch {host['torch']}, "
+        f"{settings['runs']} runs, interleaved; {''.join(engines)}{host['device']}, torch {host['torch']}, "
         f"copy bandwidth {host['copy_bytes_per_s'] / 1e12:.3g} TB/s\n\n{markdown_table(result['rows'])}"
     )
 
@@ -193,6 +231,12 @@ def _parser() -> argparse.ArgumentParser:
         "--engines",
         help=f"of {', '.join(ENGINES)} (default: transformers, and graph where there is CUDA)",
     )
+    parser.add_argument(
+        "--vllm", metavar="OPTION=VALUE", nargs="*", default=[], help="of vllm.LLM, for both of its engines"
+    )  # fmt: skip
+    parser.add_argument(
+        "--serving", metavar="OPTION=VALUE", nargs="*", default=[], help="settings of the plugin, for vllm-fbs"
+    )  # fmt: skip
     parser.add_argument("--skip", type=float, default=0.36, help="share of all layers, forced")
     parser.add_argument("--tau", type=float, help="let the gates decide, at this threshold")
     parser.add_argument("--batches", help="rows, as in 1,4,8")

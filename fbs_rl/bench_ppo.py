@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fbs_rl.bench_serving import SETTLED, answer, environment, host
+from fbs_rl.bench_serving import host
 from fbs_rl.checkpoint import load_model
+from fbs_rl.engine_processes import SETTLED, answer, environment
 from fbs_rl.ppo_options import Request, describe, read_request
 from fbs_rl.training.step_checkpoint import CheckpointStore
 

@@ -11,43 +11,30 @@ spread evenly, is skipped by all rows.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from fbs_rl.bench_engine import EngineSpec, Round, RoundSpec, serve_rounds
+from fbs_rl.bench_engine import EngineSpec, Round, RoundSpec
+from fbs_rl.bench_folders import FBS, PLAIN, savable, write_folders
+from fbs_rl.engine_processes import Channel, answer, running
 from fbs_rl.model.backbone import SMOLLM2, ModelSource, load_backbone
 from fbs_rl.model.configuration import PRESETS, FBSConfig
 from fbs_rl.model.cost_model import CostModel
 from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.model_geometry import GEOMETRIES, check_geometry, random_backbone
 
-Channel: TypeAlias = (
-    Any  # one end of a pipe: multiprocessing has a class of its own for each platform
-)
-
-_START_S = 1200.0  # compiling a model for stock vLLM takes minutes on a busy machine
 _ROUND_S = 600.0
-SETTLED = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # one core for all would be shared with whoever else is on it
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +125,7 @@ def measure(
             spec = EngineSpec(
                 str(folder / part), arguments.dtype, max(batches), arguments.prompt_tokens, arguments.tokens, options
             )  # fmt: skip
-            engines[engine] = stack.enter_context(_running(engine, spec, arguments.threads))
+            engines[engine], _ = stack.enter_context(running(engine, spec, arguments.threads))
         for batch in batches:
             _say(f"preset {preset}: batch {batch} ...")
             variants = _variants(engines, batch, skips)
@@ -156,25 +143,13 @@ def _export(folder: Path, preset: str, arguments: argparse.Namespace) -> FBSConf
     backbone = (
         random_backbone(arguments.geometry, torch.float32, "cpu")
         if arguments.geometry
-        else _loaded(arguments.model)
+        else savable(load_backbone(ModelSource.parse(arguments.model), torch.float32))
     )
     backbone = backbone.to(dtype).eval()
-    backbone.save_pretrained(folder / "plain")
     torch.manual_seed(0)
     model = FBSForCausalLM.from_backbone(backbone, FBSConfig.preset(preset)).to(dtype)
-    model.save_pretrained(folder / "fbs")
+    write_folders(folder, backbone, model)
     return model.config
-
-
-def _loaded(name: str) -> PreTrainedModel:
-    """A backbone that can be saved: transformers refuses that to one which it read from GGUF."""
-    read = load_backbone(ModelSource.parse(name), torch.float32)
-    config: Any = copy.deepcopy(read.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = type(read)(config)
-    plain.load_state_dict(read.state_dict())
-    return plain
 
 
 # --- engines ------------------------------------------------------------------------------------------
@@ -182,14 +157,14 @@ def _loaded(name: str) -> PreTrainedModel:
 
 def _engines(arguments: argparse.Namespace, most: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """Folder and options of each engine."""
-    found: dict[str, tuple[str, dict[str, Any]]] = {"vLLM": ("plain", {})}
+    found: dict[str, tuple[str, dict[str, Any]]] = {"vLLM": (PLAIN, {})}
     if arguments.eager != "only":
-        found["vLLM, eager"] = ("plain", {"enforce_eager": True})
+        found["vLLM, eager"] = (PLAIN, {"enforce_eager": True})
     else:
-        found = {"vLLM, eager": ("plain", {"enforce_eager": True})}
-    found["fbs"] = ("fbs", {})
+        found = {"vLLM, eager": (PLAIN, {"enforce_eager": True})}
+    found["fbs"] = (FBS, {})
     if most > 1:
-        found["fbs, consensus"] = ("fbs", {"additional_config": {"fbs": {"batch": "consensus"}}})
+        found["fbs, consensus"] = (FBS, {"additional_config": {"fbs": {"batch": "consensus"}}})
     return found
 
 
@@ -202,49 +177,6 @@ def _variants(engines: dict[str, Any], batch: int, skips: Sequence[float]) -> li
     if batch > 1:
         found += [_Variant(f"fbs, {s:.0%}, consensus", "fbs, consensus", s) for s in skips if s]
     return found
-
-
-@contextmanager
-def _running(name: str, spec: EngineSpec, threads: int) -> Iterator[Channel]:
-    """The connection to a started engine, which ends with the context."""
-    ours, theirs = get_context("spawn").Pipe()
-    with environment({**SETTLED, "OMP_NUM_THREADS": str(threads)}):
-        process = get_context("spawn").Process(target=serve_rounds, args=(theirs, spec))
-        process.start()
-    theirs.close()
-    try:
-        answer(ours, name, "start", _START_S)
-        yield ours
-    finally:
-        ours.close()
-        process.join(30)
-        if process.is_alive():
-            process.kill()
-
-
-@contextmanager
-def environment(settings: dict[str, str]) -> Iterator[None]:
-    """A new process reads them before it imports anything."""
-    before = dict(os.environ)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def answer(connection: Channel, engine: str, doing: str, limit_s: float) -> Any:
-    """What the engine sends next. Raises OSError if that is a failure, or nothing in time."""
-    if not connection.poll(limit_s):
-        raise OSError(f"the engine {engine} did not {doing} within {limit_s:g} s")
-    try:
-        answer = connection.recv()
-    except EOFError as error:
-        raise OSError(f"the engine {engine} ended before it could {doing}") from error
-    if isinstance(answer, str):
-        raise OSError(f"the engine {engine} could not {doing}: {answer}")
-    return answer
 
 
 def _take_turns(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,8 +34,9 @@ class Workload:
 class Variant:
     """One way of decoding. mode: of the gates. share: of layers to skip, None: by tau alone.
 
-    engine: "transformers", "incremental" (the model's own cached pass) or "graph" (the graph decoder).
-    modules: with PAW, Chunk-Head and gates; without them the model is the plain backbone.
+    engine: "transformers", "incremental" (the model's own cached pass), "graph" (the graph decoder), "vllm"
+    (stock) or "vllm-fbs" (with the plugin). modules: with PAW, Chunk-Head and gates; without them the model is
+    the plain backbone.
     """
 
     name: str
@@ -73,6 +74,21 @@ class Engine(Protocol):
     def trace(self) -> StepTrace: ...
 
 
+@runtime_checkable
+class OwnClock(Protocol):
+    """An engine that nobody can drive step by step: it runs whole requests and times them itself."""
+
+    config: FBSConfig
+
+    def request_ms(self) -> list[float]:
+        """Milliseconds of a request's prefill, and of each of its steps."""
+        ...
+
+    def trace(self) -> StepTrace:
+        """Of the last request."""
+        ...
+
+
 def make_engine(
     variant: Variant, model: FBSForCausalLM, plain: Any, load: Workload, launcher: Launcher | None
 ) -> Engine:
@@ -87,15 +103,18 @@ def make_engine(
 
 def _gate_holder(model: FBSForCausalLM, variant: Variant) -> Callable[[], None]:
     """What makes the model's gates give the variant's share; variants may share a model, so each asks again."""
+    logit_L = logits_of_share(model.config, variant)
+    return (lambda: None) if logit_L is None else lambda: hold_gates(model, logit_L)
+
+
+def logits_of_share(config: FBSConfig, variant: Variant) -> list[float] | None:
+    """What each layer's gate must answer for the variant's share; None: what it answers by itself."""
     if variant.mode is GateMode.DENSE or variant.share is None:
-        return lambda: None
-    apart = variant.mode is GateMode.SAMPLE and variant.share > 0
-    logit_L = held_logits(model.config, variant.share, apart)
+        return None
     if variant.mode is GateMode.SAMPLE and not variant.share:
-        logit_L = [
-            -50.0
-        ] * model.config.layer_count  # drawn, and never above the noise but once in 400
-    return lambda: hold_gates(model, logit_L)
+        # Drawn, and never above the noise but once in 400.
+        return [-50.0] * config.layer_count
+    return held_logits(config, variant.share, variant.mode is GateMode.SAMPLE)
 
 
 @torch.no_grad()
@@ -107,8 +126,8 @@ def hold_gates(model: FBSForCausalLM, logit_L: list[float]) -> None:
             layer.skip_gate.out.bias.fill_(logit_L[layer.index])
 
 
-def _tau(variant: Variant) -> float | None:
-    """Held gates answer far from one half; share 0 is a bar that nothing reaches."""
+def bar_of(variant: Variant) -> float | None:
+    """The variant's τ. Held gates answer far from one half; share 0 is a bar that nothing reaches."""
     if variant.share is None:
         return variant.tau
     return 0.5 if variant.share else 1.0
@@ -143,7 +162,7 @@ class _Incremental:
         self.forced_BT, self.cache = forced_BT, FBSCache(self.config.layer_count)
         self.gates: dict[str, Any] = {"gates": self.variant.mode}
         if self.variant.mode is GateMode.THRESHOLD:
-            self.gates["tau"] = _tau(self.variant)
+            self.gates["tau"] = bar_of(self.variant)
         if self.variant.mode is GateMode.SAMPLE:
             self.gates["gate_seed"] = 0
         self.skips: list[Tensor] = []
@@ -188,7 +207,7 @@ class _Graph:
     def prefill(self, prompt_BT: Tensor, forced_BT: Tensor) -> None:
         self.prepare()
         seed = 0 if self.variant.mode is GateMode.SAMPLE else None
-        self.decoder.prefill(prompt_BT, tau=_tau(self.variant), gate_seed=seed)
+        self.decoder.prefill(prompt_BT, tau=bar_of(self.variant), gate_seed=seed)
         self.decoder.force(forced_BT)
 
     def step(self, index: int) -> None:

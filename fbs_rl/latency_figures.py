@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fbs_rl.latency_engines import Engine, Variant, Workload
+from fbs_rl.latency_engines import Engine, OwnClock, Variant, Workload
 from fbs_rl.latency_protocol import Sample
 from fbs_rl.model.flops import count_trace, step_bytes, visible_keys
 from fbs_rl.types import GateMode
@@ -22,14 +22,17 @@ _RESAMPLES = 2000
 class Figures:
     """One variant at one batch size. Milliseconds of a whole request, of its prefill, and of a step.
 
+    engine: as in Variant.
     ratio: the median request over the first variant's; difference_ms, with the 95 % interval of low_ms and
-    high_ms: its median less the first's. tokens_per_s: rows · new tokens / request. floor_ms: a step's bytes
-    over the copy bandwidth; floor_share: of the step that this is. low_entropy_tokens_per_s and
-    high_entropy_tokens_per_s: decoding alone, of the half of the tokens that is easier and the half that is not.
+    high_ms: its median less the first's. vllm_ratio: over stock vLLM's, None where that did not run.
+    tokens_per_s: rows · new tokens / request. floor_ms: a step's bytes over the copy bandwidth; floor_share: of
+    the step that this is. low_entropy_tokens_per_s and high_entropy_tokens_per_s: decoding alone, of the half of
+    the tokens that is easier and the half that is not; None for an engine that tells no entropies.
     """
 
     batch: int
     variant: str
+    engine: str
     request_ms: float
     request_p95_ms: float
     prefill_ms: float
@@ -38,6 +41,7 @@ class Figures:
     step_p95_ms: float
     tokens_per_s: float
     ratio: float
+    vllm_ratio: float | None
     difference_ms: float
     low_ms: float
     high_ms: float
@@ -48,25 +52,26 @@ class Figures:
     bytes_a_step: float
     floor_ms: float
     floor_share: float
-    low_entropy_tokens_per_s: float
-    high_entropy_tokens_per_s: float
+    low_entropy_tokens_per_s: float | None
+    high_entropy_tokens_per_s: float | None
     own_mb: float | None
     peak_mb: float | None
 
 
 def make_figures(
-    variant: Variant, engine: Engine, sample: Sample, first: Sample, load: Workload, bandwidth: float,
-    bytes_per_number: int,
+    variant: Variant, engine: Engine | OwnClock, sample: Sample, first: Sample, load: Workload, bandwidth: float,
+    bytes_per_number: int, stock: Sample | None = None,
 ) -> Figures:  # fmt: skip
-    """Figures of a sample beside the first variant's, taken in the same rounds."""
+    """Figures of a sample beside the first variant's, and stock vLLM's, taken in the same rounds."""
     request_R, base_R = _requests(sample), _requests(first)
     request, step = float(np.median(request_R)), float(np.median(sample.step_RT.mean(1)))
     low, high = bootstrap_interval(request_R, base_R)
     cost = _cost(variant, engine, sample, load, bytes_per_number)
-    easy, hard = entropy_slices(sample, load.rows)
+    easy, hard = (None, None) if sample.entropy_T is None else entropy_slices(sample, load.rows)
     return Figures(
         batch=load.rows,
         variant=variant.name,
+        engine=variant.engine,
         request_ms=request,
         request_p95_ms=float(np.quantile(request_R, 0.95)),
         prefill_ms=float(np.median(sample.prefill_R)),
@@ -75,6 +80,7 @@ def make_figures(
         step_p95_ms=float(np.quantile(sample.step_RT, 0.95)),
         tokens_per_s=1e3 * load.rows * load.new_tokens / request,
         ratio=request / float(np.median(base_R)),
+        vllm_ratio=None if stock is None else request / float(np.median(_requests(stock))),
         difference_ms=request - float(np.median(base_R)),
         low_ms=low,
         high_ms=high,
@@ -103,6 +109,7 @@ def bootstrap_interval(one_R: np.ndarray, other_R: np.ndarray) -> tuple[float, f
 
 def entropy_slices(sample: Sample, rows: int) -> tuple[float, float]:
     """Tokens a second on the half of the steps whose next token is surest, and on the other half."""
+    assert sample.entropy_T is not None
     order_T = np.argsort(sample.entropy_T, kind="stable")
     step_T = np.median(sample.step_RT, axis=0)
     half = len(order_T) // 2
@@ -111,7 +118,11 @@ def entropy_slices(sample: Sample, rows: int) -> tuple[float, float]:
 
 
 def _cost(
-    variant: Variant, engine: Engine, sample: Sample, load: Workload, bytes_per_number: int
+    variant: Variant,
+    engine: Engine | OwnClock,
+    sample: Sample,
+    load: Workload,
+    bytes_per_number: int,
 ) -> dict[str, float]:
     """Exact counts: skip ratio, FLOPs a token and as a share of the same model dense, bytes a step (mean)."""
     config, gates_on = engine.config, variant.mode is not GateMode.DENSE
@@ -138,22 +149,29 @@ def _cost(
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """Figures (as dictionaries, so that saved ones can be read again) as Markdown."""
+    # Results that were saved without stock vLLM have no ratio to it.
+    against_vllm = any(r.get("vllm_ratio") is not None for r in rows)
     lines = [
         "| batch | variant | layers skipped | request ms (p95) | prefill ms | step ms (p95) | floor ms (share) "
-        "| tokens/s | request / first | difference ms (95 %) | step / first | GFLOP/token (share) "
-        "| easy, hard tokens/s | own, peak MB |",
-        "|" + "---|" * 14,
+        "| tokens/s | request / first "
+        + "| request / vLLM "
+        * against_vllm
+        + "| difference ms (95 %) "
+        "| step / first | GFLOP/token (share) | easy, hard tokens/s | own, peak MB |",
+        "|" + "---|" * (14 + against_vllm),
     ]
     for r in rows:
         memory = "-" if r["own_mb"] is None else f"{r['own_mb']:.0f}, {r['peak_mb']:.0f}"
+        easy, hard = r["low_entropy_tokens_per_s"], r["high_entropy_tokens_per_s"]
+        slices = "-" if hard is None else f"{easy:.1f}, {hard:.1f}"
+        beside = f"| {r['vllm_ratio']:.3f} " if against_vllm else ""
         lines.append(
             f"| {r['batch']} | {r['variant']} | {r['skip_ratio']:.1%} "
             f"| {r['request_ms']:.1f} ({r['request_p95_ms']:.1f}) | {r['prefill_ms']:.2f} "
             f"| {r['step_ms']:.3f} ({r['step_p95_ms']:.3f}) | {r['floor_ms']:.3f} ({r['floor_share']:.0%}) "
-            f"| {r['tokens_per_s']:.1f} | {r['ratio']:.3f} "
+            f"| {r['tokens_per_s']:.1f} | {r['ratio']:.3f} {beside}"
             f"| {r['difference_ms']:+.2f} ({r['low_ms']:+.2f} to {r['high_ms']:+.2f}) | {r['step_ratio']:.3f} "
-            f"| {r['flops_a_token'] / 1e9:.3g} ({r['flops_frac']:.1%}) "
-            f"| {r['low_entropy_tokens_per_s']:.1f}, {r['high_entropy_tokens_per_s']:.1f} | {memory} |"
+            f"| {r['flops_a_token'] / 1e9:.3g} ({r['flops_frac']:.1%}) | {slices} | {memory} |"
         )
     return "\n".join(lines)
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fbs_rl.latency_engines import Engine, StepTrace, Workload
+from fbs_rl.latency_engines import Engine, OwnClock, StepTrace, Workload
 
 _COPY_BYTES = {"cuda": 2**31, "cpu": 2**27}
 _COPIES = 10
@@ -25,12 +25,12 @@ class Sample:
     """What was measured of one variant. prefill_R, step_RT: milliseconds. entropy_T: nats, mean over rows.
 
     own_bytes: memory that the engine holds beside the model; peak_bytes: the most that was in use in its
-    runs. Both None on a CPU.
+    runs. Both None on a CPU. All three None for an engine with its own clock.
     """
 
     prefill_R: np.ndarray
     step_RT: np.ndarray
-    entropy_T: np.ndarray
+    entropy_T: np.ndarray | None
     trace: StepTrace
     own_bytes: int | None
     peak_bytes: int | None
@@ -87,40 +87,71 @@ def step_entropies(engine: Engine, prompt_BT: Tensor, forced_BT: Tensor) -> np.n
 
 
 def measure(
-    makers: Mapping[str, Callable[[], Engine]], load: Workload, warmups: int, runs: int, vocabulary: int,
+    makers: Mapping[str, Callable[[], Engine | OwnClock]], load: Workload, warmups: int, runs: int, vocabulary: int,
     device: torch.device, say: Callable[[str], None],
-) -> dict[str, tuple[Engine, Sample]]:  # fmt: skip
+) -> dict[str, tuple[Engine | OwnClock, Sample]]:  # fmt: skip
     """Samples by variant. The variants take turns, one request each, in a new order every round."""
     draw = torch.Generator().manual_seed(0)
     shape = (load.rows, load.prompt_tokens + load.new_tokens)
     ids = torch.randint(0, vocabulary, shape, generator=draw).to(device)
     prompt_BT, forced_BT = ids[:, : load.prompt_tokens], ids[:, load.prompt_tokens :]
-    engines: dict[str, Engine] = {}
-    own: dict[str, int | None] = {}
-    for name, make in makers.items():
-        before = _allocated(device)
-        engines[name] = make()
-        own[name] = None if before is None else int(_allocated(device) or 0) - before
-    entropy = {name: step_entropies(engine, prompt_BT, forced_BT) for name, engine in engines.items()}  # fmt: skip
-    times: dict[str, list[np.ndarray]] = {name: [] for name in engines}
-    peaks: dict[str, int] = dict.fromkeys(engines, 0)
-    names = list(engines)
+    turns = {name: _Turns.of(make, prompt_BT, forced_BT) for name, make in makers.items()}
+    names = list(turns)
     for turn in range(warmups + runs):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            turns[name].take(kept=turn >= warmups)
+        say(f"round {turn + 1} of {warmups + runs}")
+    return {name: (taken.engine, taken.sample()) for name, taken in turns.items()}
+
+
+@dataclass(slots=True)
+class _Turns:
+    """One variant's engine, and what its turns gave."""
+
+    engine: Engine | OwnClock
+    prompt_BT: Tensor
+    forced_BT: Tensor
+    own_bytes: int | None
+    entropy_T: np.ndarray | None
+    times: list[np.ndarray] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @classmethod
+    def of(
+        cls, make: Callable[[], Engine | OwnClock], prompt_BT: Tensor, forced_BT: Tensor
+    ) -> _Turns:
+        before = _allocated(prompt_BT.device)
+        engine = make()
+        if isinstance(engine, OwnClock):
+            return cls(engine, prompt_BT, forced_BT, None, None)
+        own = None if before is None else int(_allocated(prompt_BT.device) or 0) - before
+        return cls(engine, prompt_BT, forced_BT, own, step_entropies(engine, prompt_BT, forced_BT))
+
+    def take(self, kept: bool) -> None:
+        """One request; kept: it is no warm-up."""
+        peak = 0
+        if isinstance(self.engine, OwnClock):
+            taken = np.array(self.engine.request_ms())
+        else:
+            device = self.prompt_BT.device
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            taken = run_request(engines[name], prompt_BT, forced_BT)
-            if turn >= warmups:
-                times[name].append(taken)
-                peaks[name] = max(peaks[name], _peak(device))
-        say(f"round {turn + 1} of {warmups + runs}")
-    made = {}
-    for name, engine in engines.items():
-        table = np.stack(times[name])
-        made[name] = engine, Sample(
-            table[:, 0], table[:, 1:], entropy[name], engine.trace(), own[name], peaks[name] or None
-        )  # fmt: skip
-    return made
+            taken = run_request(self.engine, self.prompt_BT, self.forced_BT)
+            peak = _peak(device)
+        if kept:
+            self.times.append(taken)
+            self.peak_bytes = max(self.peak_bytes, peak)
+
+    def sample(self) -> Sample:
+        table, trace = np.stack(self.times), self.engine.trace()
+        return Sample(
+            table[:, 0],
+            table[:, 1:],
+            self.entropy_T,
+            trace,
+            self.own_bytes,
+            self.peak_bytes or None,
+        )
 
 
 def _allocated(device: torch.device) -> int | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fbs_rl.bench import main
+from fbs_rl.bench_latency import describe
 from fbs_rl.latency_engines import StepTrace, Variant, Workload, hold_gates, make_engine
 from fbs_rl.latency_figures import bootstrap_interval, entropy_slices
 from fbs_rl.latency_protocol import Sample, run_request, step_entropies
@@ -57,6 +58,45 @@ def test_latency_puts_every_way_of_decoding_side_by_side(
     assert skipping["flops_frac"] < 1 == plain["flops_frac"]
 
 
+def test_vllm_takes_its_turns_beside_the_others(capfd: pytest.CaptureFixture[str]) -> None:
+    """Stock vLLM and the plugin, each a process; the plugin skips what the model's own pass skips."""
+    engines = ["--engines", "incremental,vllm,vllm-fbs", "--vllm", "enforce_eager=true"]
+    arguments = words("latency", "--skip", "0.5", *engines, "--serving", "decode_path=masked")
+    assert main([*arguments, "--batches", "1,2", "--json"]) == 0
+    made = json.loads(capfd.readouterr().out)  # nothing that vLLM prints is among it
+    assert set(made["vllm"]) == {"vllm", "vllm-fbs"}
+    assert all(facts["vllm"] and facts["cuda_graphs"] == "none" for facts in made["vllm"].values())
+    names = ["plain", "50% forced", "50% drawn"]
+    wanted = [f"incremental, {n}" for n in names] + ["vllm, dense", "vllm-fbs, dense"]
+    wanted += [f"vllm-fbs, {n}" for n in names[1:]]
+    for batch in (1, 2):
+        rows = {row["variant"]: row for row in made["rows"] if row["batch"] == batch}
+        assert list(rows) == wanted
+        stock, forced = rows["vllm, dense"], rows["vllm-fbs, 50% forced"]
+        assert stock["engine"] == "vllm" and forced["engine"] == "vllm-fbs"
+        assert stock["vllm_ratio"] == 1.0 and stock["flops_frac"] == 1.0
+        for row in rows.values():
+            assert row["vllm_ratio"] == pytest.approx(row["request_ms"] / stock["request_ms"])
+        assert forced["skip_ratio"] == rows["incremental, 50% forced"]["skip_ratio"] == 0.5
+        assert (
+            rows["vllm-fbs, dense"]["skip_ratio"] == 0 < rows["vllm-fbs, 50% drawn"]["skip_ratio"]
+        )
+        assert stock["bytes_a_step"] == rows["incremental, plain"]["bytes_a_step"]
+        assert stock["tokens"]["entropy_T"] is None and len(stock["tokens"]["step_ms_T"]) == 4
+        assert 0 < stock["prefill_ms"] < stock["request_ms"]
+    lines = describe(made).split("\n")
+    assert "vllm-fbs is vLLM" in lines[0] and "request / vLLM" in lines[2]
+    assert len({line.count("|") for line in lines[2:]}) == 1
+
+
+def test_an_engine_that_cannot_start_says_why(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(words("latency", "--engines", "vllm-fbs", "--serving", "decode_path=fast")) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.splitlines()[-1] == (
+        "bench: the engine vllm-fbs could not start: fbs.decode_path is 'fast'; it must be one of compact, masked"
+    )
+
+
 def test_batches_and_overheads(capsys: pytest.CaptureFixture[str]) -> None:
     made = result(capsys, *words("batch", "--batches", "1,3", "--engines", "incremental"))
     assert [row["batch"] for row in made["rows"]] == [1, 1, 3, 3]
@@ -95,7 +135,7 @@ def test_a_saved_model_and_its_own_threshold(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--engines", "vllm"], "no engine 'vllm'"),
+        (["--engines", "sglang"], "no engine 'sglang'"),
         (["--engines", "graph"], "the graph decoder needs a CUDA device"),
     ],
 )

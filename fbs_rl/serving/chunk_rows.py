@@ -89,10 +89,10 @@ class ChunkRows:
         self.value: dict[int, Tensor] = {}
         self.open_sum: dict[int, Tensor] = {}
 
-    def reserve(self, rows: int) -> None:
-        """Make room for this many requests."""
+    def reserve(self, rows: int) -> bool:
+        """Make room for this many requests. True if that took other memory."""
         if rows <= self.rows:
-            return
+            return False
         grown = max(rows, 2 * self.rows, 8)
         for name in ("closed", "open_size", "continuable"):
             old = getattr(self, name)
@@ -108,6 +108,7 @@ class ChunkRows:
             for table, more in ((self.key, new), (self.value, new.clone()), (self.open_sum, sums)):
                 table[layer] = torch.cat([table[layer], more]) if layer in table else more
         self.rows = grown
+        return True
 
     def reset(self, row: int) -> None:
         """A request begins, or begins again, in this row."""

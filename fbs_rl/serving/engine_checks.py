@@ -11,10 +11,12 @@ from typing import Any
 from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.serving.admission import Admission, admission_check, check_prompts
+from fbs_rl.serving.graph_branches import check_bindings
 from fbs_rl.serving.serving_settings import ServingSettings
 from fbs_rl.serving.step_stats import engine_file, fallback_counters, register_collector
 
@@ -88,6 +90,18 @@ def _unsupported(vllm_config: Any) -> Iterator[tuple[str, str]]:
     return ((name, reason) for name, given, reason in rules if given)
 
 
+def _refuse_graphs(settings: ServingSettings) -> None:
+    """Raise ValueError, in one sentence, where the plugin's CUDA graphs cannot be."""
+    if settings.graphs == "none":
+        return
+    if not current_platform.is_cuda():
+        raise ValueError(
+            f"fbs.graphs is {settings.graphs!r}, but vLLM runs on {current_platform.device_type} here; leave it out"
+        )
+    if settings.graphs == "branches":
+        check_bindings()
+
+
 def _refuse_foreign_classes(vllm_config: Any) -> None:
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     if parallel.worker_cls not in ("auto", WORKER):
@@ -151,18 +165,19 @@ def adjust(vllm_config: Any) -> None:
     # What the model may do in a step is planned on the host, from tokens that are known there.
     scheduler.async_scheduling = False
     vllm_config.compilation_config.mode = CompilationMode.NONE
-    # The compact path asks the device which rows skip, which no captured graph can do.
+    # vLLM's graphs would hold the decisions of the step that they were captured in; decode_graphs has the plugin's own.
     vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     vllm_config.model_config.disable_cascade_attn = True
     if config.chunk:  # a configuration that no EngineArgs made comes with vLLM's default
         vllm_config.cache_config.enable_prefix_caching = False
     settings = _settle(vllm_config)
+    _refuse_graphs(settings)
     _watch_requests(vllm_config, settings)
     several = parallel._api_process_count > 1 and parallel._api_process_rank >= 0
     if not several:  # what started them has said so
         logger.info(
-            "FBS: %s decode path, %s gates; a request that says nothing gets gates=%s, tau=%g",
-            settings.decode_path, settings.batch, config.gates, config.tau,
+            "FBS: %s decode path, %s CUDA graphs, %s gates; a request that says nothing gets gates=%s, tau=%g",
+            settings.decode_path, settings.graphs, settings.batch, config.gates, config.tau,
         )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ class PagedBatch:
 
     base: the backend's metadata of all tokens. length_R: new tokens per request; before_R: tokens in the
     cache before them. slot_N: where each token's dense entry goes. block_RP: pages of each request.
+    held: its tensors are memory of its own, which is filled again for other steps.
     """
 
     base: Any
@@ -35,6 +36,7 @@ class PagedBatch:
     block_RP: Tensor
     page: int
     sample: Any  # one vLLM Attention module, for the sizes that all share
+    held: bool = False
     _made: dict[tuple[bytes, bytes, bytes], Any] = field(default_factory=dict)
 
     @classmethod
@@ -53,6 +55,37 @@ class PagedBatch:
             base, length_R, before_R, base.slot_mapping[: int(length_R.sum())], base.block_table,
             page, attention,
         )  # fmt: skip
+
+    def fixed(self, longest: int) -> PagedBatch:
+        """This decode step in memory of its own, with metadata that hold for any lengths up to `longest`."""
+        base = copy.copy(self.base)
+        for name, tensor in self._tensors().items():
+            setattr(base, name, tensor.clone())
+        base.max_query_len, base.max_seq_len = 1, longest
+        return PagedBatch(
+            base, self.length_R, self.before_R, base.slot_mapping, base.block_table, self.page,
+            self.sample, held=True,
+        )  # fmt: skip
+
+    def fill(self, other: PagedBatch) -> None:
+        """Take over what another decode step of as many requests says."""
+        for name, tensor in other._tensors().items():
+            getattr(self.base, name).copy_(tensor)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Metadata of a decode step that differ from step to step."""
+        rows, base = len(self.length_R), self.base
+        return {
+            "query_start_loc": base.query_start_loc[: rows + 1],
+            "seq_lens": base.seq_lens[:rows],
+            "block_table": base.block_table[:rows],
+            "slot_mapping": self.slot_N,
+        }
+
+    def dense(self) -> Any:
+        """Metadata of a decode step in which all tokens have an entry."""
+        # A backend's plan of its work is for the lengths that it was made for.
+        return self.with_lengths(self.base.seq_lens) if self.held else self.base
 
     @property
     def decodes(self) -> bool:

@@ -27,12 +27,16 @@ from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.preview import Glance, PreviewHead
 from fbs_rl.serving.chunk_rows import ChunkReading, ChunkRows, ChunkStep, FixedChunks, ReaderPass
 from fbs_rl.serving.compact_walk import CompactWalk
-from fbs_rl.serving.masked_walk import MaskedWalk
+from fbs_rl.serving.decode_graphs import CudaRecorder, DecodeGraphs
+from fbs_rl.serving.graph_branches import ConditionalNodes
+from fbs_rl.serving.masked_walk import Always, Branches, FixedStep, MaskedWalk
 from fbs_rl.serving.paged_attention import PagedBatch
 from fbs_rl.serving.served_layer import Norm, ServedLayer, rms_norm
 from fbs_rl.serving.serving_settings import ServingSettings
 from fbs_rl.serving.step_plan import StepPlan, StepReport
+from fbs_rl.types import KVPolicy
 
+_GRAPH_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")  # whose metadata say nothing but lengths and pages
 _STACKED: dict[str, tuple[str, str | int]] = {
     "q_proj": ("qkv_proj", "q"),
     "k_proj": ("qkv_proj", "k"),
@@ -68,6 +72,24 @@ class ServedModel(nn.Module):
         self.entries = np.zeros((config.layer_count, 0), np.int64)  # per layer and request row
         self.plan: StepPlan | None = None  # set by the runner around each real step
         self.report: StepReport | None = None
+        self.branches: Branches = Always()
+        self.graphs: DecodeGraphs | None = None
+        self.rows_at_once = 0  # for which there is memory from the start
+        if self.settings.graphs != "none":
+            self._prepare_graphs(vllm_config, dtype)
+
+    def _prepare_graphs(self, vllm_config: VllmConfig, dtype: torch.dtype) -> None:
+        backend: str = next(self.served_layers()).self_attn.attn.attn_backend.get_name()
+        if backend not in _GRAPH_BACKENDS:
+            raise ValueError(
+                f"fbs.graphs is {self.settings.graphs!r}, which the attention backend {backend} cannot be used with; "
+                f"set attention_backend to one of {', '.join(_GRAPH_BACKENDS)}, or leave it out"
+            )
+        if self.settings.graphs == "branches":
+            self.branches = ConditionalNodes(dtype)
+        longest = vllm_config.model_config.max_model_len
+        self.graphs = DecodeGraphs(self, longest, CudaRecorder(), self.branches)
+        self.rows_at_once = vllm_config.scheduler_config.max_num_seqs
 
     def served_layers(self) -> Iterator[ServedLayer]:
         for layer in self.layers:
@@ -76,22 +98,51 @@ class ServedModel(nn.Module):
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:  # fmt: skip
         """Final normed states [N, d] of the step's tokens, padding included."""
-        state = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch = PagedBatch.current(self.layers[0].self_attn.attn, self.page)  # pyright: ignore
         if batch is None:
+            state = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             return self.norm(self._without_cache(state, positions))
-        assert self.plan is not None, "a step must come through the FBS runner"
-        tokens = len(batch.slot_N)
-        self._restart(self.plan, batch)
-        entry_LR = self.entries[:, self.plan.row_R]
-        masked = self.settings.masked and batch.decodes and self.plan.asks
-        walk_class: Any = MaskedWalk if masked else CompactWalk
-        walk = walk_class(self, self.plan, batch, positions[:tokens], entry_LR)
-        found, self.report = walk.run(state[:tokens])
-        self.entries[:, self.plan.row_R] = walk.entry_LR
-        if tokens < len(state):
-            found = torch.cat((found, state[tokens:]))
-        return self.norm(found)
+        plan, tokens = self.plan, len(batch.slot_N)
+        assert plan is not None, "a step must come through the FBS runner"
+        assert input_ids is not None, "prompts as embeddings are refused"
+        self._restart(plan, batch)
+        found = self._walk(input_ids[:tokens], positions[:tokens], plan, batch)
+        if tokens < len(positions):
+            padding = found.new_zeros(len(positions) - tokens, found.shape[1])
+            found = torch.cat((found, padding))
+        return found
+
+    def _walk(self, id_N: Tensor, position_N: Tensor, plan: StepPlan, batch: PagedBatch) -> Tensor:
+        """Final normed states of a step's tokens, by the way that suits it; leaves its report."""
+        entry_LR = self.entries[:, plan.row_R]
+        if self._has_graph(plan, batch):
+            assert self.graphs is not None
+            found_Nd, self.report = self.graphs.run(id_N, position_N, plan, batch, entry_LR)
+            self._count_entries(plan, self.report)
+            return found_Nd
+        state_Nd = self.embed_tokens(id_N)
+        if self.settings.masked and batch.decodes and plan.asks:
+            step = FixedStep.of(plan, entry_LR, id_N.device)
+            walk = MaskedWalk(self, step, batch, position_N, self.branches)
+            state_Nd, found = walk.run(state_Nd)
+            self.report = found.report()
+            self._count_entries(plan, self.report)
+        else:
+            walk = CompactWalk(self, plan, batch, position_N, entry_LR)
+            state_Nd, self.report = walk.run(state_Nd)
+            self.entries[:, plan.row_R] = walk.entry_LR
+        return self.norm(state_Nd)
+
+    def _has_graph(self, plan: StepPlan, batch: PagedBatch) -> bool:
+        """Graphs are for steps that decode and whose gates are asked, or that nobody can skip a layer of."""
+        if self.graphs is None or not batch.decodes or len(plan.row_R) > self.settings.graph_rows:
+            return False
+        return plan.asks or plan.bar_LN is None
+
+    def _count_entries(self, plan: StepPlan, report: StepReport) -> None:
+        """Of a step of one token each: under `project` every token leaves an entry in every layer."""
+        projects = self.config.kv_on_skip == KVPolicy.PROJECT
+        self.entries[:, plan.row_R] += 1 if projects else ~report.skip_LN
 
     def _restart(self, plan: StepPlan, batch: PagedBatch) -> None:
         """Memory for the step's requests; those that begin have what lies in the cache before their tokens."""
@@ -102,7 +153,8 @@ class ServedModel(nn.Module):
         restart = plan.restart_R
         self.entries[:, plan.row_R[restart]] = batch.before_R[restart]
         if self.chunk_rows is not None:
-            self.chunk_rows.reserve(rows)
+            if self.chunk_rows.reserve(max(rows, self.rows_at_once)) and self.graphs is not None:
+                self.graphs.forget()
             for row in plan.row_R[restart].tolist():
                 self.chunk_rows.reset(row)
 
@@ -145,11 +197,10 @@ class ServedModel(nn.Module):
         logits, _ = self.boundary(normed_Nd.unsqueeze(0))
         return self.chunk_rows.advance(plan.row_R, length_R, logits[0].argmax(-1).cpu().numpy())
 
-    def fix_chunks(self, normed_Rd: Tensor, plan: StepPlan) -> FixedChunks:
-        """The same for a decode step, without leaving the device."""
+    def fix_chunks(self, normed_Rd: Tensor, row_R: Tensor) -> FixedChunks:
+        """The same for a decode step of these rows of memory, without leaving the device."""
         assert self.boundary is not None and self.chunk_rows is not None
         logits, _ = self.boundary(normed_Rd.unsqueeze(0))
-        row_R = torch.from_numpy(plan.row_R).to(normed_Rd.device)
         return FixedChunks(self.chunk_rows, row_R, logits[0].argmax(-1))
 
     def read_chunks(
@@ -184,6 +235,8 @@ class ServedModel(nn.Module):
 
     def forget_derived(self) -> None:
         """Drop what is kept of weights between calls, after they changed."""
+        if self.graphs is not None:
+            self.graphs.forget()
         if self.preview is not None:
             self.preview.forget_derived()
         for layer in self.served_layers():
@@ -258,4 +311,6 @@ class FBSForCausalLM(nn.Module):
         """Copy a bundle's tensors in place; ValueError, with nothing changed, if one does not fit."""
         named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         apply_bundle(named, bundle)
-        self.model.forget_derived()
+        # Nothing is derived from gates, and graphs read them where they are.
+        if any(".skip_gate." not in name for name in bundle.tensors):
+            self.model.forget_derived()

@@ -12,12 +12,16 @@ from typing import Any
 class ServingSettings:
     """decode_path: "compact" drops rows that skip, "masked" has fixed shapes and no host decisions.
 
+    graphs (CUDA, with "masked"): "none"; "full": decode steps of up to graph_rows rows are CUDA graphs;
+    "branches": graphs with an IF node a layer, which is not read where all rows skip it.
     batch: "independent" gates, or "consensus": one decision for all rows of a step, by mean probability.
     trace_bytes, trace_s: how much and how long finished traces are kept for somebody to fetch them.
     stats_file: where counters go for /metrics (set by the plugin).
     """
 
     decode_path: str = "compact"
+    graphs: str = "none"
+    graph_rows: int = 16
     batch: str = "independent"
     trace_bytes: int = 256 << 20
     trace_s: float = 600.0
@@ -26,9 +30,14 @@ class ServingSettings:
     def __post_init__(self) -> None:
         _choose("decode_path", self.decode_path, ("compact", "masked"))
         _choose("batch", self.batch, ("independent", "consensus"))
-        for name in ("trace_bytes", "trace_s"):
+        _choose("graphs", self.graphs, ("none", "full", "branches"))
+        for name in ("graph_rows", "trace_bytes", "trace_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"fbs.{name} is {getattr(self, name)}; give more than 0")
+        if self.graphs != "none" and not self.masked:
+            raise ValueError(
+                f"fbs.graphs is {self.graphs!r}, which needs fixed shapes; set fbs.decode_path to masked"
+            )
 
     @property
     def masked(self) -> bool:
