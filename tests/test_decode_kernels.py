@@ -122,31 +122,40 @@ def skipping(bench: Bench, *flags: int, **more: Any) -> tuple[Tensor, Tensor, Te
         [weight],
         input=x,
         residual_Bd=residual,
-        state_Bd=state,
+        path={"state_Bd": state, "width": 24, **more},
         out=out,
         out_stride=24,
         skip_B=bench.integers(*flags),
-        **more,
     )
     return out, residual.double() + x.double() @ weight.double().T, state.double()
 
 
-@pytest.mark.parametrize("flags", [(0, 0, 0), (0, 1, 0), (1, 1, 1)])
+@pytest.mark.parametrize("flags", [(0, 0, 0), (0, 1, 0), (1, 1, 0)])
 def test_rows_that_skip_keep_their_state(bench: Bench, flags: tuple[int, ...]) -> None:
     out, ran, state = skipping(bench, *flags)
     skip_B1 = torch.tensor(flags, device=bench.device).bool().unsqueeze(1)
     assert_close(out, torch.where(skip_B1, state, ran), bench.dtype)
 
 
-@pytest.mark.parametrize("flags", [(0, 1, 0), (1, 1, 1)])
+@pytest.mark.parametrize("flags", [(0, 1, 0), (1, 0, 1)])
 def test_rows_that_skip_take_the_adapter(bench: Bench, flags: tuple[int, ...]) -> None:
     up, down = bench.normal(24, 8), bench.normal(ROWS, 16)
-    out, ran, state = skipping(
-        bench, *flags, adapter_up=up, adapter_down=down[:, 8:], down_stride=16, adapter_rank=8
-    )
+    out, ran, state = skipping(bench, *flags, up=up, down=down[:, 8:], down_stride=16, rank=8)
     adapted = state + torch.nn.functional.silu(down[:, 8:].double()) @ up.double().T
     skip_B1 = torch.tensor(flags, device=bench.device).bool().unsqueeze(1)
     assert_close(out, torch.where(skip_B1, adapted, ran), bench.dtype)
+
+
+@pytest.mark.parametrize("adapts", ["adapter", "identity"])
+def test_the_end_of_a_layer_that_all_skip(bench: Bench, adapts: str) -> None:
+    up, down, state = bench.normal(24, 8), bench.normal(ROWS, 16), bench.normal(ROWS, 24)
+    out, wanted = bench.blank(ROWS, 24), state.double()
+    path: dict[str, Any] = {"state_Bd": state, "width": 24}
+    if adapts == "adapter":
+        path |= {"up": up, "down": down[:, 8:], "down_stride": 16, "rank": 8}
+        wanted = wanted + torch.nn.functional.silu(down[:, 8:].double()) @ up.double().T
+    bench.run(make_call("skip_end", path=path, out_Bd=out))
+    assert_close(out, wanted, bench.dtype)
 
 
 def test_nobody_runs_but_some_outputs_are_kept(bench: Bench) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 from typing import Any
 
@@ -21,10 +22,18 @@ _C_TYPES: dict[str, Any] = {
 }
 _STRUCT = re.compile(r"^struct (\w+) \{\n(.*?)^\};", re.M | re.S)
 _FIELD = re.compile(
-    r"(?:const )?(num|int|float|long long|u32|unsigned char|u16|u64|Weights|Call)\s*(.*)"
+    r"(?:const )?(num|int|float|long long|u32|unsigned char|u16|u64|Weights|SkipPath|Call)\s*(.*)"
 )
 _CASE = re.compile(r"^    case (\d+): (\w+)\(\*\(const (\w+)\*\)c\.arguments", re.M)
 _PRODUCT = re.compile(r"^  PRODUCT\((\d+), (\w+), (\w+), (\w+)\)", re.M)
+
+
+class Void(IntEnum):
+    """When a call with flags has nothing to do: as is_void in kernels/program.cu has it."""
+
+    NOBODY_RUNS = 0
+    NO_CHUNK_CLOSES = 1
+    SOME_ROW_RUNS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +49,21 @@ class Kind:
 class Call:
     """One call of a program.
 
-    room_bytes: shared memory that it works in. alone: every block makes all of it by itself. void_flags: who skips
-    (or, void_slots, which chunks close); where nobody runs (closes one) there is nothing to do. brings_near: once it is
-    done, weights beyond the next product's are brought near. held: tensors that its arguments point into.
+    room_bytes: shared memory that it works in. quiet: nobody waits for it, because every block makes all of it by
+    itself, or because what it leaves is read behind another call that all wait for; with quiet_flags, only where all
+    rows skip. void_flags, void_where: flags of who skips, or of which chunks close, and when there is nothing to do.
+    brings_near: once it is done, weights beyond the next product's are brought near. held: tensors that its
+    arguments point into.
     """
 
     name: str
     arguments: Any
     held: tuple[Tensor, ...]
     room_bytes: int = 0
-    alone: bool = False
+    quiet: bool = False
+    quiet_flags: Tensor | None = None
     void_flags: Tensor | None = None
-    void_slots: bool = False
+    void_where: Void = Void.NOBODY_RUNS
     brings_near: bool = False
 
     @property
@@ -67,8 +79,7 @@ class Call:
 def structures() -> Mapping[str, type[ctypes.Structure]]:
     """Every structure of the source that can be told of in C types, by name."""
     bodies = dict(_STRUCT.findall(kernel_text()))
-    weights = _structure("Weights", bodies["Weights"], {})
-    known = {"Weights": weights}
+    known = {name: _structure(name, bodies[name], {}) for name in ("Weights", "SkipPath")}
     named = {kind for _, _, kind in _CASE.findall(kernel_text())} | {"Product", "Program"}
     return known | {name: _structure(name, bodies[name], known) for name in named}
 

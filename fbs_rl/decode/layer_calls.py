@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from fbs_rl.decode.kernel_arguments import Void
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.module_calls import (
     write_boundary,
@@ -67,6 +68,8 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
     buffers, skip_B, state = writer.layers, writer.skip_B(layer.index), writer.entering(layer.index)
     adds = layer.paw is not None or layer.chunk_reader is not None
     injected = buffers.injected_Bd if adds else state
+    if skip_B is not None:
+        _write_skip_end(writer, layer, skip_B)
     _write_attention(writer, layer, injected, skip_B)
     attention, mlp = layer.self_attn, cast(Any, layer.mlp)
     writer.product(
@@ -77,20 +80,31 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
         "product_gate_up", [mlp.gate_proj.weight, mlp.up_proj.weight], buffers.middle_Bd, buffers.active_BI,
         norm=cast(Any, layer.post_attention_layernorm).weight, skip_B=skip_B,
     ).void_flags = skip_B  # fmt: skip
-    path = layer.skip_path
-    adapter: dict[str, Any] = {}
-    if skip_B is not None and isinstance(path, SkipAdapter):
-        adapter = {
-            "adapter_up": path.up.weight,
-            "adapter_down": writer.front(layer.index, "adapter"),
-            "down_stride": buffers.front_BF.stride(0),
-            "adapter_rank": path.up.in_features,
-        }
     last = writer.product(
         "product_down", [mlp.down_proj.weight], buffers.active_BI, writer.entering(layer.index + 1),
-        residual_Bd=buffers.middle_Bd, state_Bd=state, skip_B=skip_B, **adapter,
+        residual_Bd=buffers.middle_Bd, path=_skip_path(writer, layer), skip_B=skip_B,
     )  # fmt: skip
+    last.void_flags = skip_B
     last.brings_near = True  # what follows are small products and decisions
+
+
+def _skip_path(writer: StepWriter, layer: FBSLayer) -> dict[str, Any]:
+    state, path = writer.entering(layer.index), layer.skip_path
+    told = {"state_Bd": state, "width": state.shape[1]}
+    if layer.index not in writer.free or not isinstance(path, SkipAdapter):
+        return told
+    return told | {
+        "up": path.up.weight, "rank": path.up.in_features,
+        "down": writer.front(layer.index, "adapter"), "down_stride": writer.layers.front_BF.stride(0),
+    }  # fmt: skip
+
+
+def _write_skip_end(writer: StepWriter, layer: FBSLayer, skip_B: Tensor) -> None:
+    """The next layer's h where all rows skip this one; of keys and values, which may follow, it is not part."""
+    call = writer.call("skip_end", path=_skip_path(writer, layer), out_Bd=writer.entering(layer.index + 1))  # fmt: skip
+    call.void_flags, call.void_where = skip_B, Void.SOME_ROW_RUNS
+    # Keys and values of the token come behind it, for which all wait; without them nothing does.
+    call.quiet = writer.model.config.kv_on_skip == KVPolicy.PROJECT
 
 
 def _write_attention(
@@ -109,7 +123,7 @@ def _write_attention(
     keys = buffers.keys[layer.index]
     heads, capacity = keys.shape[1:3]
     lengths = None if buffers.length_LBG is None else buffers.length_LBG[layer.index]
-    writer.call(
+    mixed = writer.call(
         "attention", _attention_bytes(writer.shape),
             qkv=buffers.qkv_BX, keys=keys, values=buffers.values[layer.index], cos=buffers.cos_SD,
             sin=buffers.sin_SD, query_norm=_head_norm(attention, "q_norm"),
@@ -118,7 +132,12 @@ def _write_attention(
             arrived=buffers.arrived, out=buffers.attended_BX, key_heads=heads, splits=buffers.splits,
             capacity=capacity, leaves_entry=int(projects), scale=attention.scaling,
             eps=writer.model.config.rms_norm_eps,
-    ).void_flags = void  # fmt: skip
+    )  # fmt: skip
+    if projects:
+        mixed.quiet_flags = (
+            skip_B  # all that is left then is the token's entry, which this step does not read
+        )
+    mixed.void_flags = void
 
 
 def _attention_bytes(shape: KernelShape) -> int:

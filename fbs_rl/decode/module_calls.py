@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fbs_rl.decode.kernel_arguments import Void
 from fbs_rl.decode.program import WARPS
 from fbs_rl.decode.step_buffers import MOST_FOUND
 from fbs_rl.decode.step_writer import StepWriter
@@ -125,7 +126,7 @@ def write_decision(writer: StepWriter, layer: FBSLayer) -> None:
         position_B=writer.tokens.position_B, leader=index, members=end - index, free_mask=mask,
         skip_LB=gates.skip_LB, layers=config.layer_count, step=writer.tokens.step,
         trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, **reads,
-    ).alone = True  # fmt: skip
+    ).quiet = True  # fmt: skip
 
 
 def gate_bytes(gate: SkipGate) -> int:
@@ -209,7 +210,7 @@ def write_chunk_end(writer: StepWriter, layer: FBSLayer) -> None:
         slot_B=chunks.slot_B, ring=[keys, values], ring_length=reader.cap,
     )  # fmt: skip
     for call in (summary, ring):
-        call.void_flags, call.void_slots = chunks.slot_B, True
+        call.void_flags, call.void_where = chunks.slot_B, Void.NO_CHUNK_CLOSES
     state = writer.entering(layer.index)
     writer.call(
         "chunk_extend", state_Bd=state, width=state.shape[1],

@@ -18,7 +18,8 @@ MOST_SHARED_BYTES = 227 * 1024  # of one block on compute capability 9.0
 _FRONT_BYTES = 4096  # FRONT_BYTES and ARGUMENT_BYTES of kernels/program.cu
 _ARGUMENT_BYTES = 448
 _MOST_SLOTS = 16
-_MOST_RING_BYTES = 24 * 1024  # of a warp
+_MOST_RING_BYTES = 16 * 1024  # of a warp: more of them on their way keep small reads waiting
+_NEAR_BYTES = 48 * 1024  # of a block: of weights that wait in the second cache
 _LARGE = 2**20  # numbers of a matrix that is worth bringing near before its turn
 
 
@@ -27,10 +28,11 @@ class _Header(ctypes.Structure):
 
     _fields_ = (
         ("kernel", ctypes.c_int),
-        ("alone", ctypes.c_int),
+        ("quiet", ctypes.c_int),
         ("ahead_call", ctypes.c_int),
-        ("near", ctypes.c_int),
-        ("void_slots", ctypes.c_int),
+        ("near_bytes", ctypes.c_int),
+        ("void_where", ctypes.c_int),
+        ("quiet_B", ctypes.c_void_p),
         ("void_B", ctypes.c_void_p),
     )
 
@@ -98,20 +100,24 @@ def _records(calls: Sequence[Call]) -> list[bytes]:
 
 def _record(calls: Sequence[Call], number: int, products: Sequence[int]) -> bytes:
     """One call as the device reads it. products: those behind it, of which it knows the next and the next large one."""
-    call, flags = calls[number], calls[number].void_flags
+    call = calls[number]
     nothing = structures()["Weights"]()
     ahead = calls[products[0]].arguments.weights if products else nothing
     large = [weights for p in products[1:] if _large(weights := calls[p].arguments.weights)]
     later = large[0] if large else nothing
     header = _Header(
-        kernel=call.kind.number, alone=int(call.alone), ahead_call=products[0] if products else -1,
-        near=int(call.brings_near and bool(large)), void_slots=int(call.void_slots),
-        void_B=None if flags is None else flags.data_ptr(),
+        kernel=call.kind.number, quiet=2 if call.quiet_flags is not None else int(call.quiet),
+        ahead_call=products[0] if products else -1, near_bytes=_NEAR_BYTES if call.brings_near and large else 0,
+        void_where=int(call.void_where), quiet_B=_address(call.quiet_flags), void_B=_address(call.void_flags),
     )  # fmt: skip
     arguments = bytes(call.arguments)
     assert len(arguments) <= _ARGUMENT_BYTES, call.name
     head = bytes(header) + bytes(ahead) + bytes(later)
     return head.ljust(-(-len(head) // 16) * 16, b"\0") + arguments.ljust(_ARGUMENT_BYTES, b"\0")
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _large(weights: Any) -> bool:

@@ -24,6 +24,39 @@ struct Weights {
   const int* slot_B;  // place of the chunk that a row closes, -1: it closes none; null: not asked
 };
 
+// What a row has that skips a layer: state + up·silu(down); null up: the state.
+struct SkipPath {
+  const num* state_Bd;
+  const num* up;    // [width, rank]
+  const num* down;  // what the front product made of it
+  long long down_stride;
+  int rank;
+  int width;
+};
+
+__device__ __forceinline__ float skipped_output(const SkipPath& p, int b, int n) {
+  const float state = read(p.state_Bd + b * p.width + n);
+  if (!p.up) return state;
+  float sum = 0.f;
+#pragma unroll 8
+  for (int j = 0; j < p.rank; ++j)
+    sum += widen(p.up[(long long)n * p.rank + j]) * rounded(silu(read(p.down + b * p.down_stride + j)));
+  return state + rounded(sum);
+}
+
+// The end of a layer that all rows skip.
+struct SkipEnd {
+  SkipPath path;
+  num* out_Bd;
+};
+
+__device__ __forceinline__ void skip_end(const SkipEnd& s, Team& team) {
+  await(team);
+  const int place = threadIdx.x * gridDim.x + blockIdx.x;  // the same number for every block
+  ROLLED for (int i = place; i < s.path.width * ROWS; i += gridDim.x * THREADS)
+    s.out_Bd[i] = narrow(skipped_output(s.path, i / s.path.width, i % s.path.width));
+}
+
 struct Product {
   Weights weights;
   const num* input;
@@ -36,12 +69,7 @@ struct Product {
   const num* bias_N;
   const num* scale_N;
   const num* strength;
-  // skip path of the rows that skip: state + up·silu(down); null up: the state
-  const num* state_Bd;
-  const num* adapter_up;
-  const num* adapter_down;
-  long long down_stride;
-  int adapter_rank;
+  SkipPath path;  // LAYER_END: of the rows that skip
   const float* prior_N;
   float* wide_out;  // SCORED: the scores
   float* best;      // SCORED, LOGITS: the best of each block, [blocks, ROWS]
@@ -154,25 +182,13 @@ __device__ __forceinline__ Terms terms_of(const Product& p, int output, int b, i
   return t;
 }
 
-// What a row that skips has at place n.
-__device__ __forceinline__ float skipped_output(const Product& p, int b, int n) {
-  const float state = read(p.state_Bd + b * p.out_stride + n);
-  if (!p.adapter_up) return state;
-  float sum = 0.f;
-#pragma unroll 8
-  for (int j = 0; j < p.adapter_rank; ++j)
-    sum += widen(p.adapter_up[(long long)n * p.adapter_rank + j]) *
-           rounded(silu(read(p.adapter_down + b * p.down_stride + j)));
-  return state + rounded(sum);
-}
-
 // sum: of output row n; second: GATED only, of the other matrix. runs: some row runs.
 __device__ __forceinline__ void finish(const Product& p, int output, int b, int n, float sum, float second,
                                        bool runs, const Terms& terms) {
   const long long at = b * p.out_stride + n;
   const bool skipped = !runs || (ROWS > 1 && (output == LAYER_END || output == INJECT) && skips(p.weights.skip_B, b));
   if (output == LAYER_END && skipped) {
-    p.out[at] = narrow(skipped_output(p, b, n));
+    p.out[at] = narrow(skipped_output(p.path, b, n));
     return;
   }
   const float v = rounded(output == AFFINE || !p.bias_N ? sum : sum + terms.bias);
@@ -393,15 +409,13 @@ __device__ __forceinline__ void look_ahead(const Weights& w, int call, Stream& s
   if (first < end && !idle(w, end, layer_runs(w.skip_B, team))) open(w, s, call, first, end);
 }
 
-#define NEAR_BYTES (160 * 1024)  // of a block: about half of the second cache in all
-
 // The beginning of a block's share of a product whose turn comes still later, into the second cache.
-__device__ __forceinline__ void bring_share_near(const Weights& w, Team& team) {
+__device__ __forceinline__ void bring_share_near(const Weights& w, int most_bytes, Team& team) {
   int first, end;
   share_of(w, first, end);
   if (first == end || idle(w, end, layer_runs(w.skip_B, team))) return;
   const int bytes = w.columns * sizeof(num), last = min(end * OUT_ROWS, row_count(w));
-  const int near = min(last, first * OUT_ROWS + NEAR_BYTES / bytes);
+  const int near = min(last, first * OUT_ROWS + most_bytes / bytes);
   ROLLED for (int row = first * OUT_ROWS + threadIdx.x; row < near; row += THREADS) bring_near(weight_row(w, row), bytes);
 }
 
@@ -423,7 +437,7 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
   const bool runs = layer_runs(w.skip_B, team);
   if (idle(w, end, runs)) {
     if (s.call == call) drop(s);
-    if (output == LAYER_END || output == INJECT)
+    if (output == INJECT)
       ROLLED for (int i = threadIdx.x; i < (end_row - first * OUT_ROWS) * ROWS; i += THREADS) {
         const int b = i % ROWS, n = first * OUT_ROWS + i / ROWS;
         finish(p, output, b, n, 0.f, 0.f, false, terms_of(p, output, b, n));

@@ -4,11 +4,12 @@
 
 struct Call {
   int kernel;
-  int alone;         // 1: every block makes all of it by itself, so that none has to wait for it
+  int quiet;         // no arrival behind it, 1: ever; 2: where the rows of quiet_B all skip
   int ahead_call;    // the next product behind this call, -1: none
-  int near;          // 1: bring the beginning of `later` near
-  int void_slots;    // 1: void_B holds places of closed chunks, else who skips
-  const int* void_B; // the call is void where no row closes a chunk, or runs; null: never
+  int near_bytes;    // of a block: so much of `later` is brought near
+  int void_where;    // 0: nobody of void_B runs; 1: no row closes a chunk in void_B; 2: somebody of void_B runs
+  const int* quiet_B;
+  const int* void_B; // null: the call is never void
   Weights ahead;     // of that product
   Weights later;     // of the one behind it; no rows if there is none
   __align__(16) unsigned char arguments[ARGUMENT_BYTES];
@@ -77,10 +78,14 @@ __device__ __forceinline__ Block open_block(const Program& p, unsigned char* sha
 
 __device__ __forceinline__ bool is_void(const Call& c, Team& team) {
   if (!c.void_B) return false;
-  if (!c.void_slots) return !layer_runs(c.void_B, team);
+  if (c.void_where != 1) return layer_runs(c.void_B, team) == (c.void_where == 2);
   ROLLED for (int b = 0; b < ROWS; ++b)
     if (__ldcg(c.void_B + b) >= 0) return false;
   return true;
+}
+
+__device__ __forceinline__ bool is_quiet(const Call& c, Team& team) {
+  return c.quiet == 1 || (c.quiet == 2 && !layer_runs(c.quiet_B, team));
 }
 
 __device__ __forceinline__ void make_call(const Call& c, int number, Block& b) {
@@ -90,6 +95,7 @@ __device__ __forceinline__ void make_call(const Call& c, int number, Block& b) {
     case 1: advance(*(const Advance*)c.arguments, b.team, *b.fixed, b.room); break;
     case 2: attention(*(const Attention*)c.arguments, b.team, *(AttentionShared*)b.room); break;
     case 3: decide(*(const Decision*)c.arguments, b.team, *b.fixed, b.room); break;
+    case 10: skip_end(*(const SkipEnd*)c.arguments, b.team); break;
     case 4: move(*(const Move*)c.arguments, b.team, *b.fixed); break;
     case 5: shortlist(*(const Shortlist*)c.arguments, b.team, *b.fixed, b.room); break;
     case 6: look(*(const Look*)c.arguments, b.team, *b.fixed, b.room); break;
@@ -125,14 +131,15 @@ __device__ __forceinline__ void walk(const Program& p, unsigned char* shared) {
       make_call(c, at, b);
       await(b.team);  // a block that had no part in the call
       __syncthreads();
-      if (more && !c.alone) arrive(b.team);
+      if (more && !is_quiet(c, b.team)) arrive(b.team);
     }
     if (p.cycles && blockIdx.x == 0 && threadIdx.x == 0) p.cycles[at] = clock64();
     // Only now: an arrival waits for whatever its thread has asked for.
     if (b.stream.call < 0 && c.ahead_call >= 0 && c.ahead_call < p.end)
       look_ahead(c.ahead, c.ahead_call, b.stream, b.team);
     // All of the next product is on its way, so nothing would be read until that is through.
-    if (c.near && (b.stream.call < 0 || b.stream.count <= b.stream.slots)) bring_share_near(c.later, b.team);
+    if (c.near_bytes && (b.stream.call < 0 || b.stream.count <= b.stream.slots))
+      bring_share_near(c.later, c.near_bytes, b.team);
     __syncthreads();
   }
   if (threadIdx.x == 0) p.epochs[blockIdx.x] = b.team.epoch;
