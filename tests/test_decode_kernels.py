@@ -9,60 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fbs_rl.decode.kernel_arguments import Call, kinds, make_call
-from fbs_rl.decode.kernel_source import KernelShape
-from fbs_rl.decode.product_plan import ProductPlan
-from fbs_rl.decode.program import WARPS, Program
+from fbs_rl.decode.kernel_arguments import make_call
 from fbs_rl.decode.step_buffers import MOST_FOUND
 from fbs_rl.model.skip_gate import gate_uniform
-from tests.decode_launchers import PLACES, make_launcher
-
-ROWS, HEAD_DIM, GROUP = 3, 16, 2
-FORMATS = [torch.float32, torch.bfloat16]
-ERROR = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
-
-
-class Bench:
-    """One place, one format, and tensors on it that are NaN until something is written."""
-
-    def __init__(self, place: str, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.shape = KernelShape(ROWS, dtype == torch.bfloat16, HEAD_DIM, GROUP)
-        self.launcher = make_launcher(place, self.shape)
-        self.device = self.launcher.device
-        self.draw = torch.Generator().manual_seed(7)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.draw).to(self.device, self.dtype)
-
-    def blank(self, *shape: int) -> Tensor:
-        return torch.full(shape, math.nan, device=self.device, dtype=self.dtype)
-
-    def integers(self, *values: int) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
-
-    def run(self, *calls: Call) -> None:
-        launcher = self.launcher
-        program = Program.of(calls, self.shape, launcher.multiprocessors, self.device)
-        launcher.run(program, 0, len(calls))
-
-    def product(
-        self, name: str, weights: list[Tensor], skip_B: Tensor | None = None, kept_from: int = -1, **values: Any
-    ) -> None:  # fmt: skip
-        self.run(self.product_call(name, weights, skip_B, kept_from, **values))
-
-    def product_call(
-        self, name: str, weights: list[Tensor], skip_B: Tensor | None = None, kept_from: int = -1, **values: Any
-    ) -> Call:  # fmt: skip
-        rows, columns = [len(w) for w in weights], weights[0].shape[1]
-        plan = ProductPlan.of(sum(rows), columns, self.shape, self.launcher.multiprocessors)
-        matrices = {
-            "matrix": weights, "rows": rows, "columns": columns, "blocks": plan.blocks, "splits": plan.splits,
-            "chunk": plan.chunk, "unit_chunks": plan.unit_chunks, "paired": int(kinds()[name].writes == "GATED"),
-            "kept_from": kept_from, "skip_B": skip_B,
-        }  # fmt: skip
-        values = {"eps": 1e-6, "input_stride": columns} | values
-        return make_call(name, plan.room_bytes, weights=matrices, **values)
+from tests.decode_bench import FORMATS, GROUP, HEAD_DIM, ROWS, Bench, assert_close
+from tests.decode_launchers import PLACES
 
 
 @pytest.fixture(params=FORMATS, ids=["float32", "bfloat16"])
@@ -73,11 +24,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(params=PLACES)
 def bench(request: pytest.FixtureRequest, dtype: torch.dtype) -> Bench:
     return Bench(request.param, dtype)
-
-
-def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
-    error = (found.double().cpu() - wanted.cpu()).norm() / wanted.norm().cpu()
-    assert error < ERROR[dtype]
 
 
 def normed(x: Tensor) -> Tensor:
@@ -353,70 +299,3 @@ def test_noise_is_that_of_the_model(bench: Bench) -> None:
     assert skip_LB[layer].bool().tolist() == skip_LB[layer + 1].bool().tolist() == wanted.tolist()
     assert skips[0, layer].bool().tolist() == wanted.tolist()
     assert probs[0, layer].tolist() == [0.5] * ROWS and not skip_LB[:5].any()
-
-
-@pytest.mark.parametrize("flags", [(0, 0, 0), (0, 1, 0), (1, 1, 1)])
-def test_calls_follow_each_other(bench: Bench, flags: tuple[int, ...]) -> None:
-    """Three products in a row, the second void where all rows skip; again in a second launch of the same program."""
-    first, second, third = bench.normal(40, 48), bench.normal(24, 40), bench.normal(97, 24)
-    x, hidden, out = bench.normal(ROWS, 48), bench.blank(ROWS, 40), bench.blank(ROWS, 97)
-    middle = bench.normal(ROWS, 24)
-    kept, skip_B = middle.clone(), bench.integers(*flags)
-    calls = (
-        bench.product_call("product_plain", [first], input=x, out=hidden, out_stride=40),
-        bench.product_call("product_plain", [second], skip_B, input=hidden, out=middle, out_stride=24),
-        bench.product_call("product_plain", [third], input=middle, out=out, out_stride=97),
-    )  # fmt: skip
-    calls[1].void_flags = skip_B
-    program = Program.of(calls, bench.shape, bench.launcher.multiprocessors, bench.device)
-    for _ in range(2):
-        out.fill_(math.nan)
-        bench.launcher.run(program, 0, 3)
-        wanted = hidden.double() @ second.double().T if not all(flags) else kept.double()
-        assert_close(hidden, x.double() @ first.double().T, bench.dtype)
-        assert_close(middle, wanted, bench.dtype)
-        assert_close(out, middle.double() @ third.double().T, bench.dtype)
-
-
-def test_a_program_without_room_is_refused() -> None:
-    weight, shape = torch.zeros(64, 9728), KernelShape(8, False, 128, 4)
-    plan = ProductPlan.of(64, 9728, shape, 132)
-    cut = {"chunk": plan.chunk, "columns": 9728, "matrix": [weight]}
-    call = make_call("product_plain", plan.room_bytes, weights=cut)
-    with pytest.raises(ValueError, match="decode fewer rows at once or in bfloat16"):
-        Program.of([call], shape, 132, torch.device("cpu"))
-
-
-def test_structures_are_read_from_the_source() -> None:
-    assert {"attention", "decide", "look", "product_qkv", "advance"} <= kinds().keys()
-    assert len({kind.number for kind in kinds().values()}) == len(kinds())
-    assert kinds()["product_gate_up"].writes == "GATED" and not kinds()["look"].writes
-    fields = [field[0] for field in kinds()["product_qkv"].arguments._fields_]
-    assert fields[:3] == ["weights", "input", "input_stride"]
-    with pytest.raises(KeyError, match="takes no colour"):
-        make_call("embed", colour=1)
-
-
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize(
-    ("outputs", "columns"),
-    [(6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728), (151936, 2560), (8, 128)],
-)
-def test_plans_cover_every_column_and_balance_the_warps(
-    rows: int, outputs: int, columns: int
-) -> None:
-    shape = KernelShape(rows, True, 128, 4)
-    plan = ProductPlan.of(outputs, columns, shape, 132)
-    assert columns % (plan.chunk * plan.splits) == 0 and plan.chunk % 8 == 0
-    assert plan.chunk * shape.out_rows * 2 <= 5120 and plan.room_bytes <= 190 * 1024
-    each = math.ceil(math.ceil(outputs / shape.out_rows) / plan.blocks)
-    busiest = math.ceil(each * plan.splits / WARPS) * columns / plan.splits
-    if outputs > 1000:
-        assert busiest <= 1.1 * each * columns / WARPS
-
-
-def test_plans_refuse_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="multiples of 8"):
-        ProductPlan.of(64, 100, KernelShape(1, True, 128, 4), 132)
-    with pytest.raises(ValueError, match="takes 1 to 16"):
-        KernelShape(17, True, 128, 4)

@@ -120,6 +120,45 @@ def test_greedy_tokens_and_chunks_are_those_of_the_cached_pass(place: str) -> No
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("options", [{}, NOOP])
+def test_prompts_of_unequal_length_decode_as_they_would_alone(
+    place: str, options: dict[str, Any]
+) -> None:
+    model, prompt = lively("qwen3", **options), tokens(2, PROMPT, 10)
+    mask = torch.ones_like(prompt)
+    mask[0, :11] = 0
+    together = decoder_of(model, place, 2, "threshold")
+    together.prefill(prompt, tau=0.5, mask_BT=mask)
+    together.step(STEPS)
+    found = together.trace()
+    assert found.start_B.tolist() == [PROMPT - 11, PROMPT]
+    for row in range(2):
+        alone = decoder_of(model, place, 1, "threshold")
+        alone.prefill(prompt[row : row + 1, mask[row] == 1], tau=0.5)
+        alone.step(STEPS)
+        wanted = alone.trace()
+        assert torch.equal(found.token_BT[row], wanted.token_BT[0])
+        assert torch.equal(found.skip_LBT[:, row], wanted.skip_LBT[:, 0])
+        torch.testing.assert_close(found.prob_LBT[:, row], wanted.prob_LBT[:, 0], atol=1e-5, rtol=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_decoding_ends_when_every_row_has(place: str) -> None:
+    model, prompt = lively("qwen3", gate=False, **OFF), tokens(2, PROMPT, 11)
+    decoder = decoder_of(model, place, 2, "dense")
+    decoder.prefill(prompt)
+    whole = decoder.decode(STEPS, end_ids=())
+    assert [len(text) for text in whole] == [STEPS + 1, STEPS + 1]
+    ends = {whole[0][1], whole[1][0]}
+    decoder.prefill(prompt)
+    texts = decoder.decode(STEPS, end_ids=ends, look_every=1)
+    for text, full in zip(texts, whole, strict=True):
+        last = next(i for i, token in enumerate(full) if token in ends)
+        assert text == full[: last + 1]
+    assert decoder.taken < STEPS
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_rows_that_decide_together_skip_by_the_mean(place: str) -> None:
     """In the first step both rows' probabilities are the referee's, so the common decision is known."""
     model = lively("qwen3")
@@ -196,6 +235,8 @@ def test_calls_that_do_not_fit_are_refused(place: str) -> None:
         decoder.step()
     with pytest.raises(ValueError, match="takes 1 rows of 1 to 43"):
         decoder.prefill(tokens(2, 5, 8))
+    with pytest.raises(ValueError, match="pad shorter prompts in front"):
+        decoder.prefill(tokens(1, 5, 8), mask_BT=torch.tensor([[1, 1, 1, 1, 0]]))
     decoder.prefill(tokens(1, PROMPT, 9))
     with pytest.raises(ValueError, match="do not fit 44 tokens"):
         decoder.step(STEPS + 1)

@@ -13,7 +13,7 @@ Letters: B rows, T steps, L layers, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -55,11 +55,11 @@ class RowsDecide(StrEnum):
 class DecodeTrace:
     """What was decoded. Column j of skip_LBT (bool) and prob_LBT is what happened when token j was fed.
 
-    token_BT: tokens made, one more than were fed. closed_chunks_BT, opens_BT: as count_trace reads them; None
-    without a Chunk-Head. gates_on: gates were computed.
+    start_B: tokens of each prompt. token_BT: tokens made, one more than were fed. closed_chunks_BT, opens_BT: as
+    count_trace reads them; None without a Chunk-Head. gates_on: gates were computed.
     """
 
-    prompt_tokens: int
+    start_B: Tensor
     token_BT: Tensor
     skip_LBT: Tensor
     prob_LBT: Tensor
@@ -67,9 +67,18 @@ class DecodeTrace:
     opens_BT: Tensor | None
     gates_on: bool
 
+    def texts(self, end_ids: Collection[int] = ()) -> list[list[int]]:
+        """Each row's tokens up to the first of end_ids, that included; a row goes on while others have not ended."""
+        return [_until_end(row, end_ids) for row in self.token_BT.tolist()]
+
+
+def _until_end(tokens: list[int], end_ids: Collection[int]) -> list[int]:
+    end = next((place for place, token in enumerate(tokens) if token in end_ids), len(tokens))
+    return tokens[: end + 1]
+
 
 class GraphDecoder:
-    """Decodes `rows` sequences of equal prompt length side by side, up to `tokens` each, prompt included.
+    """Decodes `rows` sequences side by side, up to `tokens` each, padding and prompt included.
 
     gates: dense, threshold or sample. never_skip: more layers that always run. sampler: None takes the best
     token. launcher: where kernels run; None is this process's CUDA device. Raises ValueError, in one sentence,
@@ -96,6 +105,7 @@ class GraphDecoder:
         device, blocks = self.launcher.device, self.launcher.multiprocessors
         self.program = Program.of(self.writer.calls, self.shape, blocks, device)
         self.prompt_tokens, self.taken, self._graph = 0, 0, None
+        self._start_B = torch.zeros(rows, dtype=torch.long)
         if self.launcher.device.type == "cuda":
             self._capture()
 
@@ -110,11 +120,13 @@ class GraphDecoder:
 
     @torch.inference_mode()
     def prefill(
-        self, prompt_BT: Tensor, tau: float | Tensor | None = None, gate_seed: int | Tensor | None = None
+        self, prompt_BT: Tensor, tau: float | Tensor | None = None, gate_seed: int | Tensor | None = None,
+        mask_BT: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Reads the prompts and returns the first token of every row [B], which step() feeds.
 
-        tau: threshold, one or one a row (None: the model's). gate_seed: of gates="sample", likewise.
+        mask_BT: 0 where a prompt that is shorter than others is padded, in front of it; None: nowhere. tau:
+        threshold, one or one a row (None: the model's). gate_seed: of gates="sample", likewise.
         """
         rows, length = prompt_BT.shape
         if rows != self.rows or not 0 < length < self.tokens:
@@ -124,12 +136,18 @@ class GraphDecoder:
             )
         if self.mode is GateMode.SAMPLE and gate_seed is None:
             raise ValueError('gates="sample" needs gate_seed, one or one a row')
-        cache = FBSCache(self.model.config.layer_count)
         device = self.launcher.device
+        mask_BT = torch.ones_like(prompt_BT) if mask_BT is None else mask_BT.long()
+        _check_padding(mask_BT, prompt_BT)
+        padding = (
+            None if bool(mask_BT.all()) else mask_BT.to(device)
+        )  # without one attention is faster
+        cache = FBSCache(self.model.config.layer_count)
         out = self.model(
-            prompt_BT.to(device), past_key_values=cache, gates=GateMode.DENSE, logits_to_keep=1
-        )
+            prompt_BT.to(device), padding, past_key_values=cache, gates=GateMode.DENSE, logits_to_keep=1
+        )  # fmt: skip
         self.prompt_tokens, self.taken = length, 0
+        self._start_B = mask_BT.sum(1).cpu()
         self._begin(cache, tau, gate_seed)
         logits_BV = out.logits[:, -1]
         buffers = self.writer.tokens
@@ -165,6 +183,18 @@ class GraphDecoder:
             else:
                 self._graph.replay()
 
+    def decode(self, count: int, end_ids: Collection[int], look_every: int = 16) -> list[list[int]]:
+        """The rows' texts after up to `count` steps, fewer once every row has made one of end_ids.
+
+        Tokens are looked at every look_every steps, which waits for the device.
+        """
+        for done in range(0, count, look_every):
+            self.step(min(look_every, count - done))
+            texts = self.trace().texts(end_ids)
+            if all(text[-1] in end_ids for text in texts):
+                break
+        return self.trace().texts(end_ids)
+
     def trace(self) -> DecodeTrace:
         """What has been decoded since the prompt, on the host; waits for the device."""
         writer, steps = self.writer, slice(0, self.taken)
@@ -173,7 +203,7 @@ class GraphDecoder:
         closed = None if chunks is None else chunks.closed_TB[steps].T.long().cpu()
         opens = None if chunks is None else chunks.opens_TB[steps].T.bool().cpu()
         return DecodeTrace(
-            prompt_tokens=self.prompt_tokens,
+            start_B=self._start_B,
             token_BT=torch.cat((self._first_B.long().cpu().unsqueeze(1), made_BT), 1),
             skip_LBT=writer.gates.skip_TLB[steps].permute(1, 2, 0).bool().cpu(),
             prob_LBT=writer.gates.prob_TLB[steps].permute(1, 2, 0).cpu(),
@@ -215,13 +245,16 @@ class GraphDecoder:
     def _begin(self, cache: FBSCache, tau: Any, gate_seed: Any) -> None:
         """The state behind a prompt, into the step's buffers."""
         writer, length, device = self.writer, self.prompt_tokens, self.launcher.device
+        starts = self._start_B.tolist()
         for layer, kv in enumerate(cache.layers):
             keys, values, _ = kv.view()
-            writer.layers.keys[layer][:, :, :length] = keys
-            writer.layers.values[layer][:, :, :length] = values
-        if writer.layers.length_LBG is not None:
-            writer.layers.length_LBG.fill_(length)
-        writer.tokens.position_B.fill_(length)
+            for row, start in enumerate(starts):  # without what pads it
+                writer.layers.keys[layer][row, :, :start] = keys[row, :, length - start :]
+                writer.layers.values[layer][row, :, :start] = values[row, :, length - start :]
+        start_B, entries = self._start_B.to(device, torch.int32), writer.layers.length_LBG
+        if entries is not None:
+            entries.copy_(start_B.view(1, -1, 1).expand_as(entries))
+        writer.tokens.position_B.copy_(start_B)
         for counter in (writer.tokens.step, writer.tokens.forced_steps):
             counter.zero_()
         gates = writer.gates
@@ -234,6 +267,16 @@ class GraphDecoder:
             tensor.zero_()
         if writer.chunks is not None:
             _copy_chunks(cache, writer.chunks)
+
+
+def _check_padding(mask_BT: Tensor, prompt_BT: Tensor) -> None:
+    rows, length = prompt_BT.shape
+    rises = mask_BT.shape == prompt_BT.shape and bool((mask_BT.diff(dim=1) >= 0).all())
+    if not rises or not bool(mask_BT[:, -1].all()):
+        raise ValueError(
+            f"the mask must be {rows} rows of {length} that begin with zeros and end with ones; "
+            f"pad shorter prompts in front"
+        )
 
 
 def _copy_chunks(cache: FBSCache, chunks: ChunkBuffers) -> None:

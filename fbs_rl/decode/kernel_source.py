@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "kernels"
-_FILES = ("common", "products", "attention", "gate", "preview", "chunks", "tokens", "program")
+_FILES = (
+    "common",
+    "weights",
+    "products",
+    "attention",
+    "gate",
+    "preview",
+    "chunks",
+    "tokens",
+    "program",
+)
 MOST_ROWS = 16
 
 

@@ -1,0 +1,92 @@
+"""Programs of several calls, how calls are told what to do, and how products are cut."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fbs_rl.decode.kernel_arguments import kinds, make_call
+from fbs_rl.decode.kernel_source import KernelShape
+from fbs_rl.decode.product_plan import ProductPlan
+from fbs_rl.decode.program import WARPS, Program
+from tests.decode_bench import FORMATS, ROWS, Bench, assert_close
+from tests.decode_launchers import PLACES
+
+
+@pytest.fixture(params=FORMATS, ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=PLACES)
+def bench(request: pytest.FixtureRequest, dtype: torch.dtype) -> Bench:
+    return Bench(request.param, dtype)
+
+
+@pytest.mark.parametrize("flags", [(0, 0, 0), (0, 1, 0), (1, 1, 1)])
+def test_calls_follow_each_other(bench: Bench, flags: tuple[int, ...]) -> None:
+    """Three products in a row, the second void where all rows skip; again in a second launch of the same program."""
+    first, second, third = bench.normal(40, 48), bench.normal(24, 40), bench.normal(97, 24)
+    x, hidden, out = bench.normal(ROWS, 48), bench.blank(ROWS, 40), bench.blank(ROWS, 97)
+    middle = bench.normal(ROWS, 24)
+    kept, skip_B = middle.clone(), bench.integers(*flags)
+    calls = (
+        bench.product_call("product_plain", [first], input=x, out=hidden, out_stride=40),
+        bench.product_call("product_plain", [second], skip_B, input=hidden, out=middle, out_stride=24),
+        bench.product_call("product_plain", [third], input=middle, out=out, out_stride=97),
+    )  # fmt: skip
+    calls[1].void_flags = skip_B
+    program = Program.of(calls, bench.shape, bench.launcher.multiprocessors, bench.device)
+    for _ in range(2):
+        out.fill_(math.nan)
+        bench.launcher.run(program, 0, 3)
+        wanted = hidden.double() @ second.double().T if not all(flags) else kept.double()
+        assert_close(hidden, x.double() @ first.double().T, bench.dtype)
+        assert_close(middle, wanted, bench.dtype)
+        assert_close(out, middle.double() @ third.double().T, bench.dtype)
+
+
+def test_a_program_without_room_is_refused() -> None:
+    weight, shape = torch.zeros(64, 9728), KernelShape(8, False, 128, 4)
+    plan = ProductPlan.of(64, 9728, shape, 132)
+    cut = {"chunk": plan.chunk, "columns": 9728, "matrix": [weight]}
+    call = make_call("product_plain", plan.room_bytes, weights=cut)
+    with pytest.raises(ValueError, match="decode fewer rows at once or in bfloat16"):
+        Program.of([call], shape, 132, torch.device("cpu"))
+
+
+def test_structures_are_read_from_the_source() -> None:
+    assert {"attention", "decide", "look", "product_qkv", "advance"} <= kinds().keys()
+    assert len({kind.number for kind in kinds().values()}) == len(kinds())
+    assert kinds()["product_gate_up"].writes == "GATED" and not kinds()["look"].writes
+    fields = [field[0] for field in kinds()["product_qkv"].arguments._fields_]
+    assert fields[:3] == ["weights", "input", "input_stride"]
+    with pytest.raises(KeyError, match="takes no colour"):
+        make_call("embed", colour=1)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(
+    ("outputs", "columns"),
+    [(6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728), (151936, 2560), (8, 128)],
+)
+def test_plans_cover_every_column_and_balance_the_warps(
+    rows: int, outputs: int, columns: int
+) -> None:
+    shape = KernelShape(rows, True, 128, 4)
+    plan = ProductPlan.of(outputs, columns, shape, 132)
+    assert columns % (plan.chunk * plan.splits) == 0 and plan.chunk % 8 == 0
+    assert plan.chunk * shape.out_rows * 2 <= 5120 and plan.room_bytes <= 190 * 1024
+    each = math.ceil(math.ceil(outputs / shape.out_rows) / plan.blocks)
+    busiest = math.ceil(each * plan.splits / WARPS) * columns / plan.splits
+    if outputs > 1000:
+        assert busiest <= 1.1 * each * columns / WARPS
+
+
+def test_plans_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="multiples of 8"):
+        ProductPlan.of(64, 100, KernelShape(1, True, 128, 4), 132)
+    with pytest.raises(ValueError, match="takes 1 to 16"):
+        KernelShape(17, True, 128, 4)
