@@ -1,6 +1,7 @@
 """python -m fbs_rl.bench decode: time per decoding step on this machine, dense against skipping.
 
-`python -m fbs_rl.bench train` is in bench_train.py, `vllm` in bench_serving.py, `ppo` in bench_ppo.py.
+`python -m fbs_rl.bench train` is in bench_train.py, `vllm` in bench_serving.py, `ppo` in bench_ppo.py, `latency`,
+`batch`, `overhead` and `table` in bench_latency.py, `calls` in bench_calls.py.
 
 All variants run in one process and take turns, one step each, so that a busy machine slows them alike;
 figures are medians, and ratios are of medians. Forced rates: the gates are computed in full, but their
@@ -60,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
         from fbs_rl.bench_latency import main as latency
 
         return latency(given)
+    if given[:1] == ["calls"]:
+        from fbs_rl.bench_calls import main as calls
+
+        return calls(given[1:])
     if given[:1] == ["ppo"]:
         from fbs_rl.bench_ppo import main as ppo
 

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     named: str = arguments.engines or f"transformers,{own}"
     variants = choose_variants(arguments.what, named.split(","), arguments)
     batches = [int(word) for word in (arguments.batches or _BATCHES[arguments.what]).split(",")]
-    plain, models = _models(arguments, dtype, device)
+    plain, models = load_models(arguments, dtype, device)
     bandwidth = copy_bandwidth(device)
     most = Workload(max(batches), arguments.prompt_tokens, arguments.new_tokens)
     served = list(dict.fromkeys(v.engine for v in variants if v.engine in (STOCK, PLUGIN)))
@@ -153,7 +153,7 @@ def choose_variants(
     return preferred + [v for v in found if v is not preferred[0]]
 
 
-def _models(
+def load_models(
     arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, dict[bool, FBSForCausalLM]]:
     """(the backbone, FBS models without and with modules), all on the same weights."""

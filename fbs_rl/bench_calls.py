@@ -1,0 +1,181 @@
+"""python -m fbs_rl.bench calls: how long each call of a decoding step takes, by the clock of the GPU's first block.
+
+A step is one launch that all blocks walk through (docs/decode.md), so calls cannot be timed from outside. A call's
+time runs from the end of the call in front to its own: it holds the wait for other blocks, and weights that came
+early count for the call in front. Cycles become microseconds by the step's own time, by CUDA events. Medians over
+steps. Shares of skipped layers are forced, as in `bench latency`; with --geometry weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+import numpy as np
+import torch
+
+from fbs_rl.bench_latency import load_models
+from fbs_rl.decode.cuda_launcher import Launcher, check_cuda
+from fbs_rl.decode.graph_decoder import GraphDecoder, RowsDecide
+from fbs_rl.latency_engines import Variant, bar_of, hold_gates, logits_of_share
+from fbs_rl.latency_protocol import Clock, copy_bandwidth, describe_device
+from fbs_rl.model.backbone import SMOLLM2
+from fbs_rl.model.configuration import PRESETS
+from fbs_rl.model.modeling import FBSForCausalLM
+from fbs_rl.model_geometry import GEOMETRIES
+from fbs_rl.types import GateMode
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CallRow:
+    """Calls of one name in a step. Microseconds: of one of them (median, least, most), and of all together.
+
+    weights_mb: that all of them read where nothing is skipped; 0 for what is no product.
+    """
+
+    variant: str
+    call: str
+    count: int
+    median_us: float
+    min_us: float
+    max_us: float
+    sum_us: float
+    weights_mb: float
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 2, with one sentence, for settings that cannot work."""
+    arguments = parse(argv)
+    try:
+        check_cuda()
+        with redirect_stdout(sys.stderr):
+            result = run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result) if arguments.json else describe(result))
+    return 0
+
+
+def run(arguments: argparse.Namespace, launcher: Launcher | None = None) -> dict[str, Any]:
+    """launcher: where programs run, None for this process's GPU. Raises ValueError for settings that cannot work."""
+    if arguments.steps < 1 or arguments.prompt_tokens < 1 or arguments.rows < 1:
+        raise ValueError("--steps, --prompt-tokens and --rows must be at least 1")
+    device = torch.device("cuda") if launcher is None else launcher.device
+    _, models = load_models(arguments, getattr(torch, arguments.dtype), device)
+    threshold, share = GateMode.THRESHOLD, arguments.skip
+    variants = [
+        Variant("plain", "graph", modules=False),
+        Variant("gates on, nothing skipped", "graph", True, threshold, 0.0),
+        Variant(f"{share:.0%} forced", "graph", True, threshold, share),
+    ]
+    rows, steps = [], {}
+    for variant in variants:
+        step_ms, found = measure(models[variant.modules], variant, arguments, launcher)
+        steps[variant.name] = step_ms
+        rows += [dataclasses.asdict(row) for row in found]
+    return {
+        "settings": vars(arguments),
+        "host": describe_device(device) | {"copy_bytes_per_s": copy_bandwidth(device)},
+        "step_ms": steps,
+        "rows": rows,
+    }
+
+
+def measure(
+    model: FBSForCausalLM,
+    variant: Variant,
+    arguments: argparse.Namespace,
+    launcher: Launcher | None,
+) -> tuple[float, list[CallRow]]:
+    """Milliseconds of a step (median), and its calls by name, those that take most first."""
+    together = RowsDecide.TOGETHER if arguments.rows > 1 else RowsDecide.ALONE
+    tokens = arguments.prompt_tokens + 2 * arguments.steps + 1
+    decoder = GraphDecoder(
+        model, arguments.rows, tokens, gates=variant.mode, launcher=launcher,
+        rows_decide=RowsDecide.ALONE if variant.mode is GateMode.DENSE else together,
+    )  # fmt: skip
+    logit_L = logits_of_share(model.config, variant)
+    if logit_L is not None:
+        hold_gates(model, logit_L)
+    draw = torch.Generator().manual_seed(0)
+    shape = (arguments.rows, arguments.prompt_tokens)
+    decoder.prefill(
+        torch.randint(model.config.vocab_size, shape, generator=draw), tau=bar_of(variant)
+    )
+    decoder.step(arguments.steps)  # warm
+    clock, cycles = Clock(decoder.launcher.device), []
+    clock.mark()
+    for _ in range(arguments.steps):
+        decoder.step()
+        clock.mark()
+        cycles.append(
+            decoder.program.cycles.cpu().numpy()
+        )  # waits, so that steps do not follow closely
+    step_ms = statistics.median(clock.milliseconds())
+    return step_ms, _by_name(decoder, variant.name, np.diff(np.stack(cycles)), step_ms)
+
+
+def _by_name(
+    decoder: GraphDecoder, variant: str, cycles_TC: np.ndarray, step_ms: float
+) -> list[CallRow]:
+    """cycles_TC: of each step and call but the first, from the end of the one in front."""
+    us_C = np.median(cycles_TC, 0) * (1e3 * step_ms / np.median(cycles_TC.sum(1)))
+    bytes_each = 16 // decoder.shape.lane_numbers
+    names: dict[str, list[tuple[float, float]]] = {}
+    for call, us in zip(decoder.writer.calls[1:], us_C.tolist(), strict=True):
+        weights = call.arguments.weights if call.is_product else None
+        numbers = sum(weights.rows) * weights.columns if weights is not None else 0
+        names.setdefault(call.name, []).append((us, numbers * bytes_each / 1e6))
+    rows = []
+    for name, found in names.items():
+        us, megabytes = zip(*found, strict=True)
+        middle = statistics.median(us)
+        rows.append(CallRow(variant, name, len(us), middle, min(us), max(us), sum(us), sum(megabytes)))  # fmt: skip
+    return sorted(rows, key=lambda row: -row.sum_us)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    settings, host = result["settings"], result["host"]
+    lines = [
+        f"{settings['geometry'] or settings['model']}, preset {settings['preset']}, {settings['dtype']}, "
+        f"{settings['rows']} row(s) behind {settings['prompt_tokens']} tokens, medians of {settings['steps']} steps; "
+        f"{host['device']}, torch {host['torch']}, copy bandwidth {host['copy_bytes_per_s'] / 1e12:.3g} TB/s; "
+        + ", ".join(f"{name}: {ms:.3f} ms a step" for name, ms in result["step_ms"].items()),
+        "",
+        "| variant | call | of a step | median µs | min | max | all, µs | weights, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['variant']} | {r['call']} | {r['count']} | {r['median_us']:.2f} | {r['min_us']:.2f} | {r['max_us']:.2f} "
+        f"| {r['sum_us']:.1f} | {r['weights_mb']:.1f} |"
+        for r in result["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fbs_rl.bench calls", description=__doc__)
+    parser.add_argument("--model", default=SMOLLM2, help="hub id, folder, .gguf or smollm2-135m")
+    parser.add_argument("--geometry", choices=sorted(GEOMETRIES), help="random weights, this shape")
+    parser.add_argument("--preset", default="default", help=f"of {', '.join(sorted(PRESETS))}")
+    parser.add_argument("--set", metavar="OPTION=VALUE", nargs="*", default=[])
+    parser.add_argument("--skip", type=float, default=0.36, help="share of all layers, forced")
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    return parser
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The settings that these words of a command line give."""
+    return _parser().parse_args(list(words))
