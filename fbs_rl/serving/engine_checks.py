@@ -176,8 +176,9 @@ def adjust(vllm_config: Any) -> None:
     several = parallel._api_process_count > 1 and parallel._api_process_rank >= 0
     if not several:  # what started them has said so
         logger.info(
-            "FBS: %s decode path, %s CUDA graphs, %s gates; a request that says nothing gets gates=%s, tau=%g",
-            settings.decode_path, settings.graphs, settings.batch, config.gates, config.tau,
+            "FBS: %s decode path%s, %s gates; a request that says nothing gets gates=%s, tau=%g",
+            settings.decode_path, "" if settings.graphs == "none" else f" in CUDA graphs ({settings.graphs})",
+            settings.batch, config.gates, config.tau,
         )  # fmt: skip
 
 
