@@ -306,11 +306,16 @@ def test_gates_are_exchanged_under_load_and_traces_say_when(served: Served) -> N
     keys = [f"load {i}" for i in range(6)]
     gates = gate_tensors(served.model, GateParts.GATES)
     old = {name: tensor.detach().clone() for name, tensor in gates.items()}
-    steps = served.metric("fbs:decode_tokens_total")
     try:
         with ThreadPoolExecutor(6) as pool:
             options = [{"tau": 0.5, "request_key": key} for key in keys]
             running = [pool.submit(ask, served, o["request_key"], o, 300) for o in options]
+            wait_for(
+                lambda: served.metric("vllm:num_requests_running") == len(keys),
+                ANSWER_S,
+                served.log,
+            )
+            steps = served.metric("fbs:decode_tokens_total")
             wait_for(lambda: served.metric("fbs:decode_tokens_total") > steps + 60, ANSWER_S, served.log)  # fmt: skip
             with torch.no_grad():
                 for name, tensor in gates.items():
