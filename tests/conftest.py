@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests.decode_bench import FORMATS, Bench
+from tests.decode_launchers import PLACES
+
 if TYPE_CHECKING:
     from tests.ray_cluster import LocalCluster
 
@@ -18,6 +21,17 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # The models of the tests are tiny: threads that wait for each other cost ten times what they bring.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(params=FORMATS, ids=["float32", "bfloat16"])
+def number_format(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=PLACES)
+def bench(request: pytest.FixtureRequest, number_format: torch.dtype) -> Bench:
+    """A place and a number format in which calls of the graph decoder are tried."""
+    return Bench(request.param, number_format)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,10 @@ COMPILER = shutil.which("g++")
 _HEADER = Path(__file__).with_name("cuda_emulator.h")
 
 
+class EmulationError(RuntimeError):
+    """A program that would hang, or overwrite what is not its own."""
+
+
 class EmulatedLauncher:
     """Stands in for a CUDA device: programs run at once."""
 
@@ -33,7 +37,8 @@ class EmulatedLauncher:
         done = emulate(
             ctypes.byref(program.part(first, end)), self.multiprocessors, program.shared_bytes
         )
-        assert done, "threads wait for each other, or write behind their shared memory"
+        if not done:
+            raise EmulationError("threads wait for each other, or write behind their shared memory")
 
 
 def _build(shape: KernelShape) -> Path:

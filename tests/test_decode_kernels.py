@@ -12,18 +12,7 @@ from torch import Tensor
 from fbs_rl.decode.kernel_arguments import make_call
 from fbs_rl.decode.step_buffers import MOST_FOUND
 from fbs_rl.model.skip_gate import gate_uniform
-from tests.decode_bench import FORMATS, GROUP, HEAD_DIM, ROWS, Bench, assert_close
-from tests.decode_launchers import PLACES
-
-
-@pytest.fixture(params=FORMATS, ids=["float32", "bfloat16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(params=PLACES)
-def bench(request: pytest.FixtureRequest, dtype: torch.dtype) -> Bench:
-    return Bench(request.param, dtype)
+from tests.decode_bench import GROUP, HEAD_DIM, ROWS, Bench, assert_close
 
 
 def normed(x: Tensor) -> Tensor:

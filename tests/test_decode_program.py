@@ -11,18 +11,7 @@ from fbs_rl.decode.kernel_arguments import kinds, make_call
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.product_plan import ProductPlan
 from fbs_rl.decode.program import WARPS, Program
-from tests.decode_bench import FORMATS, ROWS, Bench, assert_close
-from tests.decode_launchers import PLACES
-
-
-@pytest.fixture(params=FORMATS, ids=["float32", "bfloat16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(params=PLACES)
-def bench(request: pytest.FixtureRequest, dtype: torch.dtype) -> Bench:
-    return Bench(request.param, dtype)
+from tests.decode_bench import ROWS, Bench, assert_close
 
 
 @pytest.mark.parametrize("flags", [(0, 0, 0), (0, 1, 0), (1, 1, 1)])

@@ -35,75 +35,72 @@ def study_tables(rows: Iterable[Row]) -> str:
 
 
 def _equal_skip(config: str, rows: Sequence[Row]) -> str:
-    found = [row for row in rows if row["kind"] == "equal"]
-    lines = [
+    def cells(same: Sequence[Row]) -> list[str]:
+        arm = same[0]["arm"]
+        names = ("dnll_gold", "dnll_self", "reward")
+        against = reference_of(arm) != arm
+        return [
+            f"{same[0]['asked']:.0%}",
+            arm,
+            str(len(same)),
+            _spread(same, "flops_frac", 3),
+            *(_spread(same, name, 4) for name in names),
+            *(_difference(same, name) if against else "" for name in ("dnll_gold", "reward")),
+        ]
+
+    return _table(
         f"{config}, held-out questions at equal measured skip: mean over seeds (lowest to highest); differences to the "
         f"no-RL gate of the same kind with the widest 95 % interval of any seed",
-        "",
-        "| skip | arm | seeds | FLOPs | dNLL gold | dNLL self | reward | dNLL gold − no-RL | reward − no-RL |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for asked in sorted({row["asked"] for row in found}):
-        for arm in _distinct(row["arm"] for row in found):
-            same = [row for row in found if (row["asked"], row["arm"]) == (asked, arm)]
-            if not same:
-                continue
-            against = reference_of(arm) != arm
-            cells = [
-                f"{asked:.0%}",
-                arm,
-                str(len(same)),
-                _spread(same, "flops_frac", 3),
-                _spread(same, "dnll_gold", 4),
-                _spread(same, "dnll_self", 4),
-                _spread(same, "reward", 4),
-                _difference(same, "dnll_gold") if against else "",
-                _difference(same, "reward") if against else "",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if found else ""
+        "skip | arm | seeds | FLOPs | dNLL gold | dNLL self | reward | dNLL gold − no-RL | reward − no-RL",
+        [row for row in rows if row["kind"] == "equal"],
+        ("asked", "arm"),
+        cells,
+    )
 
 
 def _own_points(config: str, rows: Sequence[Row]) -> str:
-    found = [row for row in rows if row["kind"] == "point" and isinstance(row["asked"], str)]
-    lines = [
+    def cells(same: Sequence[Row]) -> list[str]:
+        names = ("skip", "flops_frac", "dnll_gold", "dnll_self", "reward")
+        said = [str(same[0]["step"]), same[0]["arm"], same[0]["asked"], str(len(same))]
+        return [*said, *(_spread(same, name, 4) for name in names)]
+
+    return _table(
         f"{config}, policies as they stand",
-        "",
-        "| updates | arm | set to | seeds | skip | FLOPs | dNLL gold | dNLL self | reward |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    keys = sorted(_distinct((r["step"], r["arm"], r["asked"]) for r in found), key=lambda k: k[0])
-    for step, arm, asked in keys:
-        same = [row for row in found if (row["step"], row["arm"], row["asked"]) == (step, arm, asked)]  # fmt: skip
-        numbers = [
-            _spread(same, name, 4)
-            for name in ("skip", "flops_frac", "dnll_gold", "dnll_self", "reward")
-        ]
-        lines.append(f"| {' | '.join([str(step), arm, asked, str(len(same)), *numbers])} |")
-    return "\n".join(lines) if found else ""
+        "updates | arm | set to | seeds | skip | FLOPs | dNLL gold | dNLL self | reward",
+        [row for row in rows if row["kind"] == "point" and isinstance(row["asked"], str)],
+        ("step", "arm", "asked"),
+        cells,
+    )
 
 
 def _own_texts(config: str, rows: Sequence[Row]) -> str:
-    found = [row for row in rows if row["kind"] == "own"]
-    lines = [
+    def cells(same: Sequence[Row]) -> list[str]:
+        names = {"skip": 4, "tokens": 1, "nll_gated": 4, "nll_dense": 4, "reverse_kl": 4}
+        said = [f"{same[0]['asked']:.0%}", same[0]["arm"], str(len(same))]
+        numbers = (_spread(same, name, digits) for name, digits in names.items())
+        return [*said, *numbers, _difference(same, "reverse_kl")]
+
+    return _table(
         f"{config}, text that the gated model writes for held-out questions, tokens drawn at temperature 1, thresholds "
         f"set for a skip ratio on the other questions; nats a token; reverse KL: mean of log p gated − log p dense",
-        "",
-        "| set for | arm | seeds | skip | tokens | NLL gated | NLL dense | reverse KL | reverse KL − no-RL |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    keys = sorted(_distinct((row["asked"], row["arm"]) for row in found), key=lambda key: key[0])
-    for asked, arm in keys:
-        same = [row for row in found if (row["asked"], row["arm"]) == (asked, arm)]
-        numbers = [
-            _spread(same, name, digits)
-            for name, digits in (
-                ("skip", 4), ("tokens", 1), ("nll_gated", 4), ("nll_dense", 4), ("reverse_kl", 4)
-            )
-        ]  # fmt: skip
-        cells = [f"{asked:.0%}", arm, str(len(same)), *numbers, _difference(same, "reverse_kl")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if found else ""
+        "set for | arm | seeds | skip | tokens | NLL gated | NLL dense | reverse KL | reverse KL − no-RL",
+        [row for row in rows if row["kind"] == "own"],
+        ("asked", "arm"),
+        cells,
+    )
+
+
+def _table(
+    title: str, header: str, rows: Sequence[Row], by: Sequence[str], cells: Callable[[list[Row]], list[str]]
+) -> str:  # fmt: skip
+    """A line for the rows, one a seed, that agree in `by`, in the order of the first of these; "" without rows."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    lines = [title, "", f"| {header} |", "|" + "---|" * len(header.split(" | "))]
+    for key in sorted(groups, key=lambda key: key[0]):
+        lines.append(f"| {' | '.join(cells(groups[key]))} |")
+    return "\n".join(lines) if groups else ""
 
 
 def _stops(rows: Sequence[Row]) -> list[str]:
