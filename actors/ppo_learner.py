@@ -1,7 +1,7 @@
 """One rank of the PPO learner. A plain class, so that it runs in a Ray actor (actors/gang.py) or in any process.
 
-Ranks share out the replays and add their gradients up over DeepSpeed's process group. No ZeRO: what trains is a
-few megabytes, and every rank keeps all of it, so a saved learner fits any number of ranks.
+Ranks share out the replays; where there are several, a DeepSpeed engine on each adds their gradients up and takes the
+steps (actors/engine_weights.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from actors.engine_weights import EngineWeights
 from actors.rank_process import meet_ranks, memory_figures, own_address, place_facts, rank_device
 from fbs_rl.checkpoint import export_model, load_model
 from fbs_rl.config import from_tree
@@ -26,6 +27,7 @@ from fbs_rl.rl.learner_settings import LearnerSettings
 from fbs_rl.rl.mismatch import Mismatch
 from fbs_rl.rl.ranks import Ranks
 from fbs_rl.rl.rollout import EpisodeRollout
+from fbs_rl.rl.trainable import MasterWeights
 
 _STATE, _RECORD = "learner.pt", "learner.json"
 
@@ -73,13 +75,15 @@ class PPOLearnerWorker:
         if runtime.gradient_checkpointing:
             model.gradient_checkpointing_enable()
             model.train()  # the library checkpoints in training mode alone; nothing else hangs on it here
-        self.learner = PPOLearner(model, self.settings, self.seed, self.ranks)
+        weights = EngineWeights if self.ranks.count > 1 else MasterWeights
+        self.learner = PPOLearner(model, self.settings, self.seed, self.ranks, weights)
         if resume is not None:
             self.learner.load_state_dict(read_learner(Path(resume), self.device))
         return {
             **place_facts(self.device),
             "trained_parameters": sum(p.numel() for p in self.learner.trained.values()),
             "frozen_digest": self.learner.frozen,
+            "optimizer": self.learner.weights.description,
             **self.learner.counters,
         }
 

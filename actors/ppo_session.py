@@ -146,7 +146,9 @@ def open_session(request: Request, store: CheckpointStore, say: Say) -> Iterator
             "start", folder, resume, host, port, deadline_s=fleet_settings.start_deadline_s
         )[0]
         trained = f"{facts['trained_parameters']:,} parameters train"
-        say(f"learner on {facts['device']}, {trained}; starting {fleet_settings.engines} engines")
+        ranks = f"{fleet_settings.learners} ranks, " if fleet_settings.learners > 1 else ""
+        say(f"learner on {facts['device']}, {ranks}{facts['optimizer']}: {trained}")
+        say(f"starting {fleet_settings.engines} engines")
         with RolloutFleet.start(
             run.name, folder, _engine_options(settings, device), _fleet(settings, device), say
         ) as fleet:

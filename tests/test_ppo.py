@@ -136,6 +136,31 @@ def test_killed_engine_and_killed_driver_change_no_number(
     assert heldout_of(run)[-1] == heldout_of(undisturbed)[-1]
 
 
+def test_two_learner_ranks_make_the_same_run(
+    undisturbed: Path, root: Path, ray_cluster: LocalCluster
+) -> None:
+    """Each rank with a DeepSpeed engine; figures of the first updates are those of one rank, within float32's sums."""
+    run = root / "two ranks"
+    given = ["--config", str(root / "run.yaml"), "--out", str(run), "--beta", "0.2", "--lam", "0.1"]
+    words = ("fleet.learners=2", "fleet.engines=1")
+    driver = ray_cluster.command(
+        *given, *(w for word in words for w in ("--set", word)), module="fbs_rl.ppo"
+    )
+    _until(lambda: _steps(run) >= 2, driver)
+    driver.send_signal(signal.SIGTERM)
+    out, _ = driver.communicate(timeout=_RUN_S)
+    assert driver.returncode == 130, out[-3000:]
+    assert "2 ranks, AdamW in a DeepSpeedEngine a rank" in out
+    ours, theirs = metrics_of(run), metrics_of(undisturbed)
+    for step in (1, 2):
+        for name in ("reward/total", "gate/skip_rate", "ppo/loss", "ppo/kl_ref", "train/grad_norm"):
+            assert ours[step][name] == pytest.approx(theirs[step][name], abs=1e-5, rel=1e-4), (
+                step,
+                name,
+            )
+    assert ours[2]["ppo/kl_ref"] > 0  # the gates have moved
+
+
 def test_steps_that_are_not_finite_stop_the_run(root: Path, ray_cluster: LocalCluster) -> None:
     """A learning rate that throws the gates out of range in the first update; exit code 1, no checkpoint is trusted."""
     run, words = root / "wild", ("lr_gates=1e37", "collapse.kl_max=1e30", "collapse.patience=99")

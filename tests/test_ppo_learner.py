@@ -153,7 +153,8 @@ def test_two_ranks_are_one(
 ) -> None:
     """Figures within 1e-5 and weights within float32's sums, with values that every rank needs of the other."""
     host, port = gang.call("address", deadline_s=120)[0]
-    gang.call("start", str(stage1), None, host, port, deadline_s=120)
+    facts = gang.call("start", str(stage1), None, host, port, deadline_s=120)
+    assert [each["optimizer"] for each in facts] == 2 * ["AdamW in a DeepSpeedEngine a rank"]
     alone = worker(stage1, advantages=CRITIC)
     found = gang.call("self_test", batches[0], deadline_s=120)
     assert found[0] == found[1]

@@ -1,7 +1,7 @@
 """The PPO learner: episodes in, better gates out. No cluster: actors/ppo_learner.py puts it into one.
 
-Every rank is given all episodes and credits all of them; what is shared out is the replays. Gradients and sums
-are added over ranks, so all ranks take the same step and hold the same weights.
+Every rank is given all episodes and credits all of them; what is shared out is the replays. Sums are added over
+ranks here, gradients by the weights, so all ranks take the same step and hold the same weights.
 
 Shape letters: L layers, B rows, C gate columns.
 """
@@ -63,12 +63,19 @@ class _Before:
 class PPOLearner:
     """Trains the gates of `model` in place. seed: of the order of minibatches and of the value head.
 
+    weights: what keeps and moves what trains; where ranks are several, one that adds their gradients up.
+
     The reference of the KL term is the gates as they are now; frozen: digest of everything that does not train.
     """
 
     def __init__(
-        self, model: FBSForCausalLM, settings: LearnerSettings, seed: int, ranks: Ranks | None = None
-    ) -> None:  # fmt: skip
+        self,
+        model: FBSForCausalLM,
+        settings: LearnerSettings,
+        seed: int,
+        ranks: Ranks | None = None,
+        weights: type[MasterWeights] = MasterWeights,
+    ) -> None:
         self.model, self.settings, self.seed = model, settings, seed
         self.ranks = ranks or Ranks()
         self.device = model.model.embed_tokens.weight.device
@@ -77,7 +84,7 @@ class PPOLearner:
         named = dict(self.trained)
         if self.value_head is not None:
             named |= self.value_head.named_parameters("value")
-        self.weights = MasterWeights(named, settings)
+        self.weights = weights(named, settings)
         self.guard = CollapseGuard(settings.collapse)
         self.counters = {"updates": 0, "optimizer_steps": 0, "bad_steps": 0}
         self.frozen = self.digest_frozen()
@@ -275,17 +282,7 @@ class PPOLearner:
             out.loss.backward()
             self.weights.take_gradients()
             sums.add(out.metrics)
-        gradients = self.weights.gradients()
-        if self.ranks.count > 1:
-            flat = self.ranks.sum(torch.cat([g.flatten() for g in gradients]))
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):  # fmt: skip
-                gradient.copy_(part.view_as(gradient))
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if bool(norm.isfinite()):
-            masters = list(self.weights.masters.values())
-            torch.nn.utils.clip_grads_with_norm_(masters, self.settings.grad_clip, norm)
-            self.weights.step()
-        return float(norm)
+        return self.weights.step(self.settings.grad_clip)
 
     # --- what leaves and comes back -----------------------------------------------------------------------
 

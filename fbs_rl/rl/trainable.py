@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fbs_rl.checkpoint import tensors_digest
 from fbs_rl.model.modeling import FBSForCausalLM
@@ -53,7 +53,7 @@ class MasterWeights:
     """Float32 copies of what trains, which AdamW moves; the model keeps them rounded to its own type.
 
     A step of 3e-5 is lost on a bf16 weight. The copies collect the gradients of all calls of a step too.
-    No weight decay: the gates' way back is the KL term.
+    No weight decay: the gates' way back is the KL term. Of one rank; actors/engine_weights.py is that of several.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], settings: LearnerSettings) -> None:
@@ -72,6 +72,10 @@ class MasterWeights:
         groups = [{"params": p, "lr": rates[k], "peak_lr": rates[k]} for k, p in kinds.items()]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
 
+    @property
+    def description(self) -> str:
+        return type(self.optimizer).__name__
+
     def set_rates(self, scale: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = scale * group["peak_lr"]
@@ -89,13 +93,25 @@ class MasterWeights:
                 gradient += parameter.grad
                 parameter.grad = None
 
-    def gradients(self) -> list[Tensor]:
-        return [master.grad for master in self.masters.values() if master.grad is not None]
+    def step(self, limit: float) -> float:
+        """Apply the collected gradients, clipped to norm `limit`, and round the result into the model.
 
-    def step(self) -> None:
-        """Apply the collected gradients, and round the result into the model."""
+        Returns the norm before clipping; where it is not finite nothing was applied.
+        """
+        self.sum_over_ranks()
+        masters = list(self.masters.values())
+        norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
+        if bool(norm.isfinite()):
+            torch.nn.utils.clip_grads_with_norm_(masters, limit, norm)
+            self.apply()
+            self.write_back()
+        return float(norm)
+
+    def sum_over_ranks(self) -> None:
+        """Make the collected gradients those of all ranks; there is one."""
+
+    def apply(self) -> None:
         self.optimizer.step()
-        self.write_back()
 
     @torch.no_grad()
     def write_back(self) -> None:
