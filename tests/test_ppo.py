@@ -246,6 +246,10 @@ def _engine_pids() -> list[int]:
             "are 288 tokens together, which with one more",
         ),
         (["--set", "episodes.samples=1"], "give at least 2, or another baseline"),
+        (
+            ["--set", "fleet.learners=2", "--set", "fleet.gpus_per_learner=0.5"],
+            "two of the 2 ranks could be given one GPU",
+        ),
         (["--set", "learner.policy.bound=clip"], "rollout engines draw with mix only"),
         (["--set", "learner.never_skip=[40]"], "never_skip names layer 40"),
         (["--set", "learner.never_skip=[0,1,2,3,4,5,6,7]"], "no layer may skip in update 0"),

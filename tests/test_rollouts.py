@@ -315,11 +315,21 @@ def test_a_folder_is_known_by_its_weights(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value", [("max_model_tokens", 0), ("kv_cache_gib", -1.0), ("gpu_memory_frac", 1.5), ("step_tokens", 2047)]
+    "name, value", [("max_model_tokens", 0), ("kv_cache_gib", -1.0), ("step_tokens", 2047)]
 )  # fmt: skip
 def test_engine_options_are_checked(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         EngineOptions(**{name: value})
+
+
+def test_an_engine_asks_for_the_part_of_a_gpu_that_it_needs(folder: Path) -> None:
+    """Weights, cache and a gibibyte to work in; a tiny GPU is not asked for more than nine tenths."""
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    options, total = EngineOptions(kv_cache_gib=3), 80 * 2**30
+    assert options.gpu_share(folder, total) == pytest.approx(
+        (weights + 4 * 2**30) / total, abs=5e-4
+    )
+    assert options.gpu_share(folder, 2**30) == 0.9
 
 
 def test_seeds_of_a_samples_segments_differ() -> None:

@@ -121,6 +121,11 @@ class FleetSettings:
             {"device": ("auto", "cpu", "cuda"), "precision": ("auto", "fp32", "bf16")},
         )
         require_not_negative("fleet", self, "max_replacements")
+        if self.learners > 1 and self.gpus_per_learner <= 0.5:
+            raise ValueError(
+                f"fleet.gpus_per_learner is {self.gpus_per_learner}, so two of the {self.learners} ranks could be given "
+                f"one GPU, which NCCL refuses; give more than 0.5, or one learner"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,8 @@ from fbs_rl.serving.serving_settings import ServingSettings
 
 _DAY_S = 86400.0
 _GIB = 2**30
+_ACTIVATIONS_GIB = 1
+_LARGEST_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,7 @@ class EngineOptions:
     max_model_tokens: longest prompt with its continuation, and one more. dtype: as in vLLM ("auto": the folder's).
     max_sequences: at a time. step_tokens: at most in one step, and no fewer than the longest text, since none
     is read in pieces. kv_cache_gib: of keys and values; what does not fit is preempted and replayed.
-    gpu_memory_frac: of a GPU that must be free at the start. decode_path: "compact" or "masked".
+    decode_path: "compact" or "masked".
     Limit: the logits of a scored text are in memory at once, vocabulary × 8 bytes a token.
     """
 
@@ -29,7 +31,6 @@ class EngineOptions:
     max_sequences: int = 64
     step_tokens: int = 2048
     kv_cache_gib: float = 2.0
-    gpu_memory_frac: float = 0.5
     decode_path: str = "compact"
 
     def __post_init__(self) -> None:
@@ -42,14 +43,22 @@ class EngineOptions:
                 f"step_tokens is {self.step_tokens}, but the longest text has {self.max_model_tokens} tokens and "
                 f"{self.max_sequences} sequences need one each; give at least {least}"
             )
-        if not 0 < self.gpu_memory_frac <= 1:
-            raise ValueError(
-                f"gpu_memory_frac is {self.gpu_memory_frac}; give a share above 0, up to 1"
-            )
         ServingSettings(decode_path=self.decode_path)
 
-    def to_vllm(self) -> dict[str, Any]:
-        """Arguments of vllm.LLM. No prefix cache: what it has seen before would move the last bits."""
+    def gpu_share(self, folder: str | Path, total_bytes: int) -> float:
+        """The part of a GPU with `total_bytes` that an engine of this folder needs, and must find free at its start.
+
+        Others may be on that GPU: vLLM's own default, nearly all of it, would refuse to start beside a learner.
+        """
+        weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        needed = weights + (self.kv_cache_gib + _ACTIVATIONS_GIB) * _GIB
+        return min(_LARGEST_SHARE, round(needed / total_bytes, 3))
+
+    def to_vllm(self, memory_share: float = 0.5) -> dict[str, Any]:
+        """Arguments of vllm.LLM. No prefix cache: what it has seen before would move the last bits.
+
+        memory_share: of the device that must be free at the start.
+        """
         return {
             "max_model_len": self.max_model_tokens,
             "dtype": self.dtype,
@@ -58,7 +67,7 @@ class EngineOptions:
             # After each piece of a prompt vLLM rewinds the request's generator, which those of CPUs cannot.
             "enable_chunked_prefill": False,
             "kv_cache_memory_bytes": int(self.kv_cache_gib * _GIB),
-            "gpu_memory_utilization": self.gpu_memory_frac,
+            "gpu_memory_utilization": memory_share,
             "enable_prefix_caching": False,
             "logprobs_mode": "raw_logprobs",
             "generation_config": "vllm",  # the model's own end tokens say nothing here

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from fbs_rl.gate_bundle import GateBundle, digest_of
 from fbs_rl.gate_trace import GateTrace
@@ -74,7 +75,10 @@ class RolloutEngine:
             )
         from vllm import LLM
 
-        return cls(LLM(folder, **options.to_vllm()))
+        if not torch.cuda.is_available():
+            return cls(LLM(folder, **options.to_vllm()))
+        share = options.gpu_share(folder, torch.cuda.get_device_properties(0).total_memory)
+        return cls(LLM(folder, **options.to_vllm(share)))
 
     @property
     def reference_tokens(self) -> int:
