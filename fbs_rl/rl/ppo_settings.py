@@ -123,8 +123,8 @@ class FleetSettings:
         require_not_negative("fleet", self, "max_replacements")
         if self.learners > 1 and self.gpus_per_learner <= 0.5:
             raise ValueError(
-                f"fleet.gpus_per_learner is {self.gpus_per_learner}, so two of the {self.learners} ranks could be given "
-                f"one GPU, which NCCL refuses; give more than 0.5, or one learner"
+                f"fleet.gpus_per_learner is {self.gpus_per_learner}, so two of the {self.learners} ranks could be "
+                f"given one GPU, which NCCL refuses; give more than 0.5, or one learner"
             )
 
 
