@@ -38,7 +38,7 @@ inline int atomicAdd(int* p, int v) { int old = *p; *p += v; return old; }
 inline void __threadfence() {}
 inline unsigned long long clock64() { static unsigned long long calls; return ++calls; }
 
-enum Wait { RUNS, AT_WARP, AT_BLOCK, AT_GRID, DONE };
+enum Wait { RUNS, AT_WARP, AT_BLOCK, AT_ALL, AT_GRID, DONE };
 
 struct Fiber {
   ucontext_t context;  // where the fiber begins
@@ -61,7 +61,8 @@ inline void yield_at(Wait wait) {
   fibers[running].wait = wait;
   if (!_setjmp(fibers[running].place)) _longjmp(scheduler, 1);
 }
-inline void __syncthreads() { yield_at(AT_BLOCK); }
+inline void __syncthreads() { yield_at(AT_BLOCK); }  // of those who work on calls
+inline void sync_all() { yield_at(AT_ALL); }         // and the warp that asks for weights
 inline void __syncwarp() { yield_at(AT_WARP); }
 
 template <class T> inline T exchange(T value, int from) {
@@ -70,11 +71,46 @@ template <class T> inline T exchange(T value, int from) {
   yield_at(AT_WARP);
   return same_bits<T>(exchanged[turn][running / 32 * 32 + from]);
 }
+inline bool __any_sync(unsigned, bool v) {
+  bool any = false;
+  for (int i = 0; i < 32; ++i) any |= exchange((int)v, i) != 0;
+  return any;
+}
 template <class T> inline T __shfl_xor_sync(unsigned, T v, int mask) { return exchange(v, (running % 32) ^ mask); }
 template <class T> inline T __shfl_sync(unsigned, T v, int from) { return exchange(v, from); }
 template <class T> inline T __shfl_up_sync(unsigned, T v, int by) {
   const int lane = running % 32;
   return exchange(v, lane < by ? lane : lane - by);
+}
+
+// Copies that were asked for arrive some time later, in no order; what lies there meanwhile is NaN.
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes;
+  unsigned long long* barrier;  // phases · 2^32 + bytes that are still to come
+};
+static std::vector<Copy> on_their_way;
+
+inline void post_copy(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
+  memset(to, 0xff, bytes);
+  on_their_way.push_back({to, from, bytes, barrier});
+}
+
+static void let_some_arrive() {
+  static unsigned draw = 1;
+  std::vector<Copy> left;
+  for (const Copy& copy : on_their_way) {
+    draw = draw * 1664525 + 1013904223;
+    if (draw >> 30) {
+      left.push_back(copy);
+      continue;
+    }
+    memcpy(copy.to, copy.from, copy.bytes);
+    *copy.barrier -= copy.bytes;
+    if (!(unsigned)*copy.barrier) *copy.barrier += 1ull << 32;
+  }
+  on_their_way.swap(left);
 }
 
 static void enter_fiber() {
@@ -114,31 +150,38 @@ static void begin(Fiber& f) {
   makecontext(&f.context, enter_fiber, 0);
 }
 
-static bool run_fibers(unsigned blocks, unsigned threads) {
+#define MOST_ROUNDS 1000  // without one in which somebody worked
+
+// Of each block's threads the first `workers` work on calls.
+static bool run_fibers(unsigned blocks, unsigned threads, unsigned workers) {
   const unsigned all = blocks * threads;
   for (unsigned i = 0; i < all; ++i) begin(fibers[i]);
-  bool asked = false;  // whoever waits for other blocks has been let go on once since anything else moved
-  for (;;) {
+  on_their_way.clear();
+  for (int idle = 0; idle < MOST_ROUNDS; ++idle) {
     bool moved = false, left = false;
     for (running = 0; running < all; ++running) {
       if (fibers[running].wait != RUNS) continue;
       threadIdx.x = running % threads;
       blockIdx.x = running / threads;
       resume(fibers[running]);
-      moved |= fibers[running].wait != AT_GRID;
+      moved |= threadIdx.x < workers && fibers[running].wait != AT_GRID;
     }
-    for (unsigned w = 0; w < all; w += 32) moved |= release(w, w + 32, AT_WARP);
-    for (unsigned b = 0; b < all; b += threads) moved |= release(b, b + threads, AT_BLOCK);
+    for (unsigned w = 0; w < all; w += 32) release(w, w + 32, AT_WARP);
+    for (unsigned b = 0; b < all; b += threads) {
+      release(b, b + workers, AT_BLOCK);
+      release(b, b + threads, AT_ALL);
+    }
+    let_some_arrive();
     for (unsigned i = 0; i < all; ++i) left |= fibers[i].wait != DONE;
     if (!left) return true;
-    if (!moved && asked) return false;  // threads wait for each other
-    asked = !moved;
+    if (moved) idle = 0;
     for (unsigned i = 0; i < all; ++i)
       if (fibers[i].wait == AT_GRID) fibers[i].wait = RUNS;
   }
+  return false;  // threads wait for each other
 }
 
-static bool run_grid(void (*kernel)(unsigned char*), unsigned blocks, unsigned threads, unsigned bytes) {
+static bool run_grid(void (*kernel)(unsigned char*), unsigned blocks, unsigned threads, unsigned workers, unsigned bytes) {
   if (blocks * threads > MOST_FIBERS || bytes + FENCE > SHARED_BYTES) return false;
   body = kernel;
   gridDim.x = blocks;
@@ -147,7 +190,7 @@ static bool run_grid(void (*kernel)(unsigned char*), unsigned blocks, unsigned t
     memset(body_shared[b], 0xff, bytes);  // NaN: nothing may be read before it is written
     memset(body_shared[b] + bytes, 0x5a, FENCE);
   }
-  bool right = run_fibers(blocks, threads);
+  bool right = run_fibers(blocks, threads, workers);
   for (unsigned b = 0; b < blocks; ++b) {
     for (int i = 0; i < FENCE; ++i) right &= body_shared[b][bytes + i] == 0x5a;
     free(body_shared[b]);

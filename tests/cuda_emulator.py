@@ -46,7 +46,8 @@ def _build(shape: KernelShape) -> Path:
     entry = (
         "static const Program* program;\n"
         'extern "C" bool emulate(const Program* p, unsigned blocks, unsigned bytes) {\n  program = p;\n'
-        "  return run_grid([](unsigned char* shared) { walk(*program, shared); }, blocks, THREADS, bytes);\n}"
+        "  const auto kernel = [](unsigned char* shared) { walk(*program, shared); };\n"
+        "  return run_grid(kernel, blocks, ALL_THREADS, THREADS, bytes);\n}"
     )
     flags = [f"-D{name}={value}" for name, value in shape.definitions().items()]
     source = f'#define EMULATED\n#include "{_HEADER}"\n{text}\n{entry}\n'

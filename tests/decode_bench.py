@@ -59,7 +59,9 @@ class Bench:
             "kept_from": kept_from, "skip_B": skip_B,
         }  # fmt: skip
         values = {"eps": 1e-6, "input_stride": columns} | values
-        return make_call(name, plan.room_bytes, weights=matrices, **values)
+        norm = values.get("norm")
+        room = plan.room_bytes + (0 if norm is None else norm.nbytes)
+        return make_call(name, room, weights=matrices, **values)
 
 
 def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:

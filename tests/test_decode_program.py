@@ -37,6 +37,45 @@ def test_calls_follow_each_other(bench: Bench, flags: tuple[int, ...]) -> None:
         assert_close(out, middle.double() @ third.double().T, bench.dtype)
 
 
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("kept_from", [-1, 400])
+def test_weights_of_a_wrong_guess_are_not_used(bench: Bench, skips: bool, kept_from: int) -> None:
+    """Flags that a call turns round while weights are asked for by them; more weights than a ring holds."""
+    x, first, middle, last = (
+        bench.normal(*s) for s in ((ROWS, 1040), (40, 1040), (600, 1040), (97, 1040))
+    )
+    outs = [bench.blank(ROWS, len(weight)) for weight in (first, middle, last)]
+    skip_B, wanted = bench.integers(*[int(not skips)] * ROWS), x.double() @ middle.double().T
+    zero = torch.zeros(64, dtype=bench.dtype, device=bench.device)
+    tau_B = torch.full(
+        (ROWS,), 0.4 if skips else 0.6, device=bench.device
+    )  # the gate says one half
+    turns = make_call(
+        "decide", 32 * 1024, front=zero, reduce_width=4, reduce_norm=zero, hidden=zero, hidden_bias=zero, out=zero,
+        out_bias=zero, hidden_width=2, clip=6.0, eps=1e-6, motion_B2=torch.zeros(ROWS, 2, device=bench.device),
+        tau_B=tau_B, seed_B2=bench.integers(*[0] * 2 * ROWS), position_B=bench.integers(*[0] * ROWS), members=1,
+        free_mask=1, skip_LB=skip_B, layers=1, step=bench.integers(0), trace_steps=0,
+    )  # fmt: skip
+    flags = (None, skip_B, None)
+    products = [
+        bench.product_call(
+            "product_plain", [weight], flag, kept_from if flag is not None else -1, input=x, out=out,
+            out_stride=out.shape[1],
+        )
+        for weight, out, flag in zip((first, middle, last), outs, flags, strict=True)
+    ]  # fmt: skip
+    bench.run(products[0], turns, *products[1:])
+    assert skip_B.tolist() == [int(skips)] * ROWS
+    made = slice(600 if kept_from < 0 else kept_from, 600) if skips else slice(0, 600)
+    kept = torch.zeros(600, dtype=torch.bool)
+    kept[made] = True
+    assert_close(outs[0], x.double() @ first.double().T, bench.dtype)
+    if bool(kept.any()):
+        assert_close(outs[1][:, made], wanted[:, made], bench.dtype)
+    assert torch.equal(outs[1].isnan().any(0).cpu(), ~kept)
+    assert_close(outs[2], x.double() @ last.double().T, bench.dtype)
+
+
 def test_a_program_without_room_is_refused() -> None:
     weight, shape = torch.zeros(64, 9728), KernelShape(8, False, 128, 4)
     plan = ProductPlan.of(64, 9728, shape, 132)

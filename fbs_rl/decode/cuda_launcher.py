@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from fbs_rl.decode.kernel_source import KernelShape, kernel_text
-from fbs_rl.decode.program import MOST_SHARED_BYTES, WARPS, Program
+from fbs_rl.decode.program import MOST_SHARED_BYTES, THREADS, Program
 
 
 class Launcher(Protocol):
@@ -38,7 +38,7 @@ class CudaLauncher:
 
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = self.multiprocessors, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * WARPS, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
         config.sharedMemBytes = program.shared_bytes
         config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
         # Blocks wait for each other, so all must be there at once.

@@ -52,8 +52,7 @@ class Call:
     room_bytes: shared memory that it works in. quiet: nobody waits for it, because every block makes all of it by
     itself, or because what it leaves is read behind another call that all wait for; with quiet_flags, only where all
     rows skip. void_flags, void_where: flags of who skips, or of which chunks close, and when there is nothing to do.
-    brings_near: once it is done, weights beyond the next product's are brought near. held: tensors that its
-    arguments point into.
+    held: tensors that its arguments point into.
     """
 
     name: str
@@ -64,7 +63,6 @@ class Call:
     quiet_flags: Tensor | None = None
     void_flags: Tensor | None = None
     void_where: Void = Void.NOBODY_RUNS
-    brings_near: bool = False
 
     @property
     def kind(self) -> Kind:

@@ -85,7 +85,6 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
         residual_Bd=buffers.middle_Bd, path=_skip_path(writer, layer), skip_B=skip_B,
     )  # fmt: skip
     last.void_flags = skip_B
-    last.brings_near = True  # what follows are small products and decisions
 
 
 def _skip_path(writer: StepWriter, layer: FBSLayer) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def _write_attention(
         norm=layer.input_layernorm.weight, skip_B=skip_B, bias_N=buffers.qkv_bias.get(layer.index),
         kept_from=attention.q_proj.out_features if projects else -1,
     )  # fmt: skip
-    first.void_flags, first.brings_near = void, True  # attention follows
+    first.void_flags = void
     keys = buffers.keys[layer.index]
     heads, capacity = keys.shape[1:3]
     lengths = None if buffers.length_LBG is None else buffers.length_LBG[layer.index]

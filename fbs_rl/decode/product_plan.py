@@ -16,7 +16,7 @@ class ProductPlan:
     """blocks, at most one a multiprocessor; splits: parts of a row's length that different warps take.
 
     chunk: columns that a warp asks for at once, of each of its rows; unit_chunks: of a part. room_bytes: of inputs
-    and sums.
+    and sums, without a norm.
     """
 
     blocks: int
@@ -37,7 +37,7 @@ class ProductPlan:
         blocks = min(groups, multiprocessors)
         each = -(-groups // blocks)
         chunk, splits = min(_cuts(columns, shape), key=lambda cut: _burden(each, columns, *cut))
-        inputs = (shape.rows + 1) * columns * (16 // shape.lane_numbers)
+        inputs = shape.rows * columns * (16 // shape.lane_numbers)
         sums = (each + 1) * splits * shape.out_rows * shape.rows * 4  # pairs stay together
         return cls(blocks, splits, chunk, columns // chunk // splits, inputs + sums)
 

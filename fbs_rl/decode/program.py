@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ from torch import Tensor
 from fbs_rl.decode.kernel_arguments import Call, structures
 from fbs_rl.decode.kernel_source import KernelShape
 
-WARPS = 8  # of a block, as in kernels/common.cu
+WARPS = 8  # of a block that work on its calls, as in kernels/common.cu
+THREADS = 32 * (WARPS + 1)  # one more warp asks for weights
 MOST_SHARED_BYTES = 227 * 1024  # of one block on compute capability 9.0
 _FRONT_BYTES = 4096  # FRONT_BYTES and ARGUMENT_BYTES of kernels/program.cu
 _ARGUMENT_BYTES = 448
-_MOST_SLOTS = 16
-_MOST_RING_BYTES = 16 * 1024  # of a warp: more of them on their way keep small reads waiting
-_NEAR_BYTES = 48 * 1024  # of a block: of weights that wait in the second cache
-_LARGE = 2**20  # numbers of a matrix that is worth bringing near before its turn
+_MOST_RING_BYTES = 28 * 1024  # of a warp: weights that wait for their turn
+_WINDOW_BYTES = 10 * 1024  # of a warp: weights on their way, behind which small reads wait
+_NEAR_BYTES = 15 * 1024  # of a warp: weights that wait in the second cache where its ring is full
 
 
 class _Header(ctypes.Structure):
@@ -29,8 +29,7 @@ class _Header(ctypes.Structure):
     _fields_ = (
         ("kernel", ctypes.c_int),
         ("quiet", ctypes.c_int),
-        ("ahead_call", ctypes.c_int),
-        ("near_bytes", ctypes.c_int),
+        ("product", ctypes.c_int),
         ("void_where", ctypes.c_int),
         ("quiet_B", ctypes.c_void_p),
         ("void_B", ctypes.c_void_p),
@@ -39,7 +38,7 @@ class _Header(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Calls as the device reads them. ring_bytes: shared memory in which a warp has weights on their way.
+    """Calls as the device reads them, and once more what their products read. ring_bytes: a warp's room for weights.
 
     arrived, epochs: where blocks count whom they have waited for; they go on from launch to launch. cycles: the first
     block's clock at the end of each call, of the last launch.
@@ -47,6 +46,7 @@ class Program:
 
     calls: tuple[Call, ...]
     records: Tensor
+    products: Tensor
     ring_bytes: int
     shared_bytes: int
     arrived: Tensor
@@ -64,17 +64,15 @@ class Program:
         for call in calls:
             if call.is_product:
                 weights = call.arguments.weights
-                slot = shape.out_rows * weights.chunk * (16 // shape.lane_numbers)
-                weights.slots = min(_MOST_SLOTS, ring // slot)
-                if weights.slots < 1:
+                if ring < shape.out_rows * weights.chunk * (16 // shape.lane_numbers):
                     raise ValueError(
                         f"{shape.rows} rows of {weights.columns} inputs do not fit a multiprocessor's "
                         f"{MOST_SHARED_BYTES >> 10} KiB; decode fewer rows at once or in bfloat16"
                     )
-        held = bytearray(b"".join(_records(calls)))
         return cls(
             tuple(calls),
-            torch.frombuffer(held, dtype=torch.uint8).to(device),
+            _bytes_on(device, _records(calls)),
+            _bytes_on(device, [bytes(call.arguments.weights) for call in calls if call.is_product]),
             ring,
             _FRONT_BYTES + WARPS * ring + room,
             torch.zeros(1, dtype=torch.int32, device=device),
@@ -84,41 +82,33 @@ class Program:
 
     def part(self, first: int, end: int) -> ctypes.Structure:
         """The argument of a launch of the calls [first, end)."""
+        products = (sum(call.is_product for call in self.calls[:place]) for place in (first, end))
         return structures()["Program"](
-            self.records.data_ptr(), first, end, self.ring_bytes, self.arrived.data_ptr(), self.epochs.data_ptr(),
-            self.cycles.data_ptr(),
+            self.records.data_ptr(), first, end, self.products.data_ptr(), *products, self.ring_bytes, _WINDOW_BYTES,
+            _NEAR_BYTES, self.arrived.data_ptr(), self.epochs.data_ptr(), self.cycles.data_ptr(),
         )  # fmt: skip
 
 
+def _bytes_on(device: torch.device, records: Sequence[bytes]) -> Tensor:
+    joined = bytearray(b"".join(records) or b"\0")
+    return torch.frombuffer(joined, dtype=torch.uint8).to(device)
+
+
 def _records(calls: Sequence[Call]) -> list[bytes]:
-    products = [number for number, call in enumerate(calls) if call.is_product]
-    return [
-        _record(calls, number, [product for product in products if product > number])
-        for number in range(len(calls))
-    ]
+    numbers = count()
+    return [_record(call, next(numbers) if call.is_product else -1) for call in calls]
 
 
-def _record(calls: Sequence[Call], number: int, products: Sequence[int]) -> bytes:
-    """One call as the device reads it. products: those behind it, of which it knows the next and the next large one."""
-    call = calls[number]
-    nothing = structures()["Weights"]()
-    ahead = calls[products[0]].arguments.weights if products else nothing
-    large = [weights for p in products[1:] if _large(weights := calls[p].arguments.weights)]
-    later = large[0] if large else nothing
+def _record(call: Call, product: int) -> bytes:
+    """One call as the device reads it. product: its number among the products, -1 if it is none."""
     header = _Header(
-        kernel=call.kind.number, quiet=2 if call.quiet_flags is not None else int(call.quiet),
-        ahead_call=products[0] if products else -1, near_bytes=_NEAR_BYTES if call.brings_near and large else 0,
+        kernel=call.kind.number, quiet=2 if call.quiet_flags is not None else int(call.quiet), product=product,
         void_where=int(call.void_where), quiet_B=_address(call.quiet_flags), void_B=_address(call.void_flags),
     )  # fmt: skip
-    arguments = bytes(call.arguments)
+    head, arguments = bytes(header), bytes(call.arguments)
     assert len(arguments) <= _ARGUMENT_BYTES, call.name
-    head = bytes(header) + bytes(ahead) + bytes(later)
     return head.ljust(-(-len(head) // 16) * 16, b"\0") + arguments.ljust(_ARGUMENT_BYTES, b"\0")
 
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _large(weights: Any) -> bool:
-    return sum(weights.rows) * weights.columns > _LARGE

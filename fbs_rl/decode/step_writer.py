@@ -66,7 +66,9 @@ class StepWriter:
             "chunk": plan.chunk, "unit_chunks": plan.unit_chunks, "paired": int(kinds()[name].writes == "GATED"),
             "kept_from": kept_from, "skip_B": skip_B, "slot_B": slot_B,
         }  # fmt: skip
-        return self.call(name, plan.room_bytes, weights=matrices, **values)
+        norm = values.get("norm")
+        room = plan.room_bytes + (0 if norm is None else norm.nbytes)
+        return self.call(name, room, weights=matrices, **values)
 
     def skip_B(self, layer: int) -> Tensor | None:
         """Flags of who skips the layer, None if nobody can."""

@@ -22,8 +22,16 @@ typedef float num;
 #define ROLLED _Pragma("unroll 1")
 
 #define WARP 32
-#define WARPS 8  // of a block
+#define WARPS 8  // of a block, that work on its calls; one more asks for their weights (weights.cu)
 #define THREADS (WARP * WARPS)
+#define ALL_THREADS (THREADS + WARP)
+
+#ifndef EMULATED
+// Calls are the business of the first THREADS threads: the last warp takes no part in what they wait for.
+__device__ __forceinline__ void sync_workers() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+__device__ __forceinline__ void sync_all() { asm volatile("bar.sync 0;" ::: "memory"); }
+#define __syncthreads() sync_workers()
+#endif
 
 #define MINUS_INFINITY (__int_as_float(0xff800000))
 
@@ -99,11 +107,20 @@ __device__ __forceinline__ int count_one(int* counter) { return (*counter)++; }
 __device__ __forceinline__ void bring_near(const void*, u32) {}
 __device__ __forceinline__ void copy_aside(void* to, const void* from) { memcpy(to, from, 16); }
 __device__ __forceinline__ void await_copies() {}
-__device__ __forceinline__ void make_barrier(u64*) {}
+__device__ __forceinline__ void make_barrier(u64* barrier) { *barrier = 0; }
 __device__ __forceinline__ void show_barriers() {}
-__device__ __forceinline__ void expect_bytes(u64*, u32) {}
-__device__ __forceinline__ void copy_ahead(void* to, const void* from, u32 bytes, u64*) { memcpy(to, from, bytes); }
-__device__ __forceinline__ void wait_barrier(u64*, int) { __syncwarp(); }
+__device__ __forceinline__ void expect_bytes(u64* barrier, u32 bytes) { *barrier += bytes; }
+__device__ __forceinline__ void copy_ahead(void* to, const void* from, u32 bytes, u64* barrier) {
+  post_copy(to, from, bytes, barrier);
+}
+__device__ __forceinline__ bool has_arrived(const u64* barrier, u32 parity) { return (*barrier >> 32 & 1) != parity; }
+__device__ __forceinline__ void wait_barrier(u64* barrier, u32 parity) {
+  while (!has_arrived(barrier, parity)) yield_at(AT_GRID);
+}
+template <class T> __device__ __forceinline__ void tell(T* to, T value) { *(volatile T*)to = value; }
+template <class T> __device__ __forceinline__ T heard(const T* from) { return *(const volatile T*)from; }
+__device__ __forceinline__ void look_again() { yield_at(AT_GRID); }
+__device__ __forceinline__ void rest() { yield_at(AT_GRID); }
 #else
 __device__ __forceinline__ void signal(u32* arrived) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
@@ -148,12 +165,40 @@ __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all
 __device__ __forceinline__ void bring_near(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void wait_barrier(u64* barrier, int parity) {
+__device__ __forceinline__ bool has_arrived(u64* barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done;
+}
+__device__ __forceinline__ void wait_barrier(u64* barrier, u32 parity) {
   asm volatile(
       "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra AGAIN;\n}" ::"r"(shared_address(barrier)), "r"(parity)
       : "memory");
 }
+// What warps of a block tell each other in shared memory: whoever hears it sees what was done before.
+__device__ __forceinline__ void tell(u32* to, u32 value) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(to)), "r"(value) : "memory");
+}
+__device__ __forceinline__ void tell(u64* to, u64 value) {
+  asm volatile("st.release.cta.shared::cta.u64 [%0], %1;" ::"r"(shared_address(to)), "l"(value) : "memory");
+}
+__device__ __forceinline__ u32 heard(const u32* from) {
+  u32 value;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(value) : "r"(shared_address(from)) : "memory");
+  return value;
+}
+__device__ __forceinline__ u64 heard(const u64* from) {
+  u64 value;
+  asm volatile("ld.acquire.cta.shared::cta.u64 %0, [%1];" : "=l"(value) : "r"(shared_address(from)) : "memory");
+  return value;
+}
+__device__ __forceinline__ void look_again() {}
+__device__ __forceinline__ void rest() { __nanosleep(20); }
 #endif
 
 // By all threads of the block, behind a __syncthreads().

@@ -1,8 +1,8 @@
 // Products of a few rows with a weight matrix that is read once: the bulk of a decoding step.
 //
 // A block holds the input rows in shared memory and has a contiguous share of the output rows. A warp takes
-// OUT_ROWS of them at a time, or one of `splits` parts of their length: a unit. Their weights are on their way since
-// the product in front was done (weights.cu), if the layer looked as if it ran. Sums meet in shared memory, where the
+// OUT_ROWS of them at a time, or one of `splits` parts of their length: a unit. Their weights are on their way
+// long before (weights.cu), if the layer looked as if it ran. Sums meet in shared memory, where the
 // output stage finds them.
 
 #define PIECES_AT_ONCE (ROWS * OUT_ROWS == 1 ? 4 : 1)  // of 16 bytes a lane
@@ -217,8 +217,8 @@ __device__ __forceinline__ void output_stage(const Product& p, int output, const
   if (output == GATED) {
     ROLLED for (int i = threadIdx.x; i < count / 2 * ROWS; i += THREADS) {
       const int pair = i / ROWS, b = i % ROWS;
-      finish(p, output, b, first_row / 2 + pair, part_sum(splits, sums, 2 * pair, b),
-             part_sum(splits, sums, 2 * pair + 1, b), true, early);
+      finish(p, output, b, first_row / 2 + pair, part_sum(splits, sums, pair, b),
+             part_sum(splits, sums, count / 2 + pair, b), true, early);
     }
   } else if (output == LOGITS || output == SCORED) {
     ROLLED for (int b = 0; b < ROWS; ++b) {
@@ -260,20 +260,17 @@ __device__ __forceinline__ void multiply(const Weights& w, const num* x, const n
   }
 }
 
-// All of a warp's units; their sums into sums[(unit, OUT_ROWS, ROWS)].
-__device__ __forceinline__ void run_stream(const Weights& given, Stream& s, const num* x, float* sums) {
+// A warp's share of the units; their sums into sums[(unit, OUT_ROWS, ROWS)].
+__device__ __forceinline__ void run_stream(const Weights& given, int units, Stream& s, const num* x, float* sums) {
   const Weights w = given;  // in registers
-  const int lane = threadIdx.x % WARP;
+  const int lane = threadIdx.x % WARP, bytes = OUT_ROWS * w.chunk * sizeof(num);
   float acc[OUT_ROWS][ROWS] = {};
-  int unit = threadIdx.x / WARP, chunk = 0, slot = 0, column = 0;
-  ROLLED for (int left = s.count; left > 0; --left) {
+  int unit = threadIdx.x / WARP, chunk = 0, column = 0;
+  ROLLED while (unit < units) {
     if (chunk == 0) column = unit % w.splits * w.unit_chunks * w.chunk;
-    await_slot(s, slot);
-    multiply(w, x + column, s.ring + slot * OUT_ROWS * w.chunk, acc);
-    __syncwarp();
-    if (lane == slot) ask(w, s);
+    multiply(w, x + column, await_piece(s, bytes), acc);
+    leave_piece(s, bytes);
     column += w.chunk;
-    if (++slot == w.slots) slot = 0;
     if (++chunk < w.unit_chunks) continue;
 #pragma unroll
     for (int r = 0; r < OUT_ROWS; ++r)
@@ -286,12 +283,11 @@ __device__ __forceinline__ void run_stream(const Weights& given, Stream& s, cons
     chunk = 0;
     unit += WARPS;
   }
-  s.call = -1;
 }
 
 // --- the product --------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void product(const Product& p, int input, int output, int call, Stream& s, Team& team,
+__device__ __forceinline__ void product(const Product& p, int input, int output, int number, Stream& s, Team& team,
                                         Fixed& fixed, unsigned char* room) {
   const Weights& w = p.weights;
   num* x = (num*)room;
@@ -308,7 +304,7 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
   if (first == end) return;
   const bool runs = layer_runs(w.skip_B, team);
   if (idle(w, end, runs)) {
-    if (s.call == call) drop(s);
+    pass(s, number);
     if (output == INJECT)
       ROLLED for (int i = threadIdx.x; i < (end_row - first * OUT_ROWS) * ROWS; i += THREADS) {
         const int b = i % ROWS, n = first * OUT_ROWS + i / ROWS;
@@ -316,17 +312,14 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
       }
     return;
   }
-  const bool kept_only = !runs && w.kept_from > first * OUT_ROWS;
-  if (kept_only) {
-    if (s.call == call) drop(s);
-    first = w.kept_from / OUT_ROWS;
-  }
-  if (s.call != call) open(w, s, call, first, end);
+  if (!runs && w.kept_from > first * OUT_ROWS) first = w.kept_from / OUT_ROWS;
+  meet(s, number, first);
   Terms early = {};
   if (output != LOGITS && output != GATED && (int)threadIdx.x < (end_row - first * OUT_ROWS) * ROWS)
     early = terms_of(p, output, threadIdx.x % ROWS, first * OUT_ROWS + threadIdx.x / ROWS);
   stage(p, input, x, norm, fixed.scratch);
-  run_stream(w, s, x, sums);
+  run_stream(w, (end - first) * w.splits, s, x, sums);
   __syncthreads();
+  close_product(s);
   output_stage(p, output, sums, first * OUT_ROWS, end_row - first * OUT_ROWS, early, fixed);
 }

@@ -5,13 +5,10 @@
 struct Call {
   int kernel;
   int quiet;         // no arrival behind it, 1: ever; 2: where the rows of quiet_B all skip
-  int ahead_call;    // the next product behind this call, -1: none
-  int near_bytes;    // of a block: so much of `later` is brought near
+  int product;       // its number among the products, -1: it is none
   int void_where;    // 0: nobody of void_B runs; 1: no row closes a chunk in void_B; 2: somebody of void_B runs
   const int* quiet_B;
   const int* void_B; // null: the call is never void
-  Weights ahead;     // of that product
-  Weights later;     // of the one behind it; no rows if there is none
   __align__(16) unsigned char arguments[ARGUMENT_BYTES];
 };
 
@@ -19,7 +16,12 @@ struct Program {
   const Call* calls;
   int first;
   int end;
-  int ring_bytes;  // of a warp
+  const Weights* products;
+  int first_product;  // of these calls
+  int end_product;
+  int ring_bytes;     // of a warp
+  int window_bytes;   // of a warp's weights that are on their way at a time
+  int near_bytes;     // of a warp's weights that wait in the second cache
   u32* arrived;    // of all blocks, ever
   u32* epochs;     // of each block
   u64* cycles;     // [calls] the first block's clock when it was through with each; null: not asked
@@ -51,7 +53,8 @@ struct Block {
 // What lies in front of the rings in a block's shared memory.
 struct Front {
   Call call[2];  // the one that runs, and the next
-  u64 arrivals[WARPS * MOST_SLOTS];
+  u64 arrivals[WARPS * MOST_PIECES];
+  Orders orders;
   Fixed fixed;
 };
 
@@ -65,15 +68,17 @@ __device__ __forceinline__ Block open_block(const Program& p, unsigned char* sha
   b.team = {p.arrived, __ldcg(p.epochs + blockIdx.x), false, nullptr, true};
   b.fixed = &front.fixed;
   b.room = shared + FRONT_BYTES + WARPS * p.ring_bytes;
-  b.stream.ring = (num*)(shared + FRONT_BYTES + warp * p.ring_bytes);
-  b.stream.arrivals = front.arrivals + warp * MOST_SLOTS;
-  b.stream.parities = 0;
-  b.stream.call = -1;
-  b.stream.count = b.stream.slots = 0;
-  if (threadIdx.x % WARP == 0)
-    ROLLED for (int i = 0; i < MOST_SLOTS; ++i) make_barrier(b.stream.arrivals + i);
-  if (threadIdx.x == 0) show_barriers();
+  b.stream = {shared + FRONT_BYTES + warp * p.ring_bytes, (u32)p.ring_bytes, front.arrivals + warp * MOST_PIECES,
+              &front.orders, {}, 0, 0};
   return b;
+}
+
+// By one warp, before anything else.
+__device__ __forceinline__ void lay_out(Front& front) {
+  const int lane = threadIdx.x % WARP;
+  ROLLED for (int i = lane; i < WARPS * MOST_PIECES; i += WARP) make_barrier(front.arrivals + i);
+  ROLLED for (int i = lane; i < (int)sizeof(Orders) / 4; i += WARP) ((u32*)&front.orders)[i] = 0;
+  show_barriers();
 }
 
 __device__ __forceinline__ bool is_void(const Call& c, Team& team) {
@@ -115,7 +120,7 @@ __device__ __forceinline__ void copy_call(const Call* from, Call* to) {
   ROLLED for (int i = lane; i < (int)(sizeof(Call) / 16); i += WARP) ((uint4*)to)[i] = ((const uint4*)from)[i];
 }
 
-__device__ __forceinline__ void walk(const Program& p, unsigned char* shared) {
+__device__ __forceinline__ void work(const Program& p, unsigned char* shared) {
   Call* held = ((Front*)shared)->call;
   Block b = open_block(p, shared);
   if (threadIdx.x < WARP) copy_call(p.calls + p.first, held);
@@ -125,27 +130,36 @@ __device__ __forceinline__ void walk(const Program& p, unsigned char* shared) {
     const bool more = at + 1 < p.end;
     if (more && threadIdx.x >= THREADS - WARP) copy_call(p.calls + at + 1, held + (at + 1 - p.first) % 2);
     if (is_void(c, b.team)) {
-      if (b.stream.call == at) drop(b.stream);
+      if (c.product >= 0) pass(b.stream, c.product);
       __syncthreads();
     } else {
-      make_call(c, at, b);
+      make_call(c, c.product, b);
       await(b.team);  // a block that had no part in the call
-      __syncthreads();
-      if (more && !is_quiet(c, b.team)) arrive(b.team);
+      const bool tells = more && !is_quiet(c, b.team);
+      __syncthreads();  // from here on nobody looks at c
+      if (tells) arrive(b.team);
     }
     if (p.cycles && blockIdx.x == 0 && threadIdx.x == 0) p.cycles[at] = clock64();
-    // Only now: an arrival waits for whatever its thread has asked for.
-    if (b.stream.call < 0 && c.ahead_call >= 0 && c.ahead_call < p.end)
-      look_ahead(c.ahead, c.ahead_call, b.stream, b.team);
-    // All of the next product is on its way, so nothing would be read until that is through.
-    if (c.near_bytes && (b.stream.call < 0 || b.stream.count <= b.stream.slots))
-      bring_share_near(c.later, c.near_bytes, b.team);
-    __syncthreads();
   }
-  if (threadIdx.x == 0) p.epochs[blockIdx.x] = b.team.epoch;
+  if (threadIdx.x == 0) {
+    p.epochs[blockIdx.x] = b.team.epoch;
+    tell(&((Front*)shared)->orders.turns, LEAVES);
+  }
+}
+
+__device__ __forceinline__ void walk(const Program& p, unsigned char* shared) {
+  Front& front = *(Front*)shared;
+  if (threadIdx.x >= THREADS) lay_out(front);
+  sync_all();
+  if (threadIdx.x < THREADS) {
+    work(p, shared);
+    return;
+  }
+  keep_asking(front.orders, {p.products, p.first_product, p.end_product, (u32)p.ring_bytes, (u32)p.window_bytes,
+                             (u32)p.near_bytes, shared + FRONT_BYTES, front.arrivals});
 }
 
 #ifndef EMULATED
 extern __shared__ __align__(128) unsigned char shared[];
-extern "C" __global__ void __launch_bounds__(THREADS, 1) run(Program p) { walk(p, shared); }
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) run(Program p) { walk(p, shared); }
 #endif
