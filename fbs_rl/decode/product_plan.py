@@ -9,6 +9,7 @@ from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.program import WARPS
 
 _CHUNK_BYTES = 5120  # that a warp asks for at once, of all its rows together, at most
+_PIECE_COLUMNS = 256  # that a warp could read in the time that a piece takes beside its bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ def _cuts(columns: int, shape: KernelShape) -> Iterator[tuple[int, int]]:
 
 
 def _burden(each: int, columns: int, chunk: int, splits: int) -> float:
-    """Columns that the busiest warp reads; a split costs sums and room, so it must bring more than a percent."""
+    """Columns that the busiest warp reads, and what its pieces cost it beside; a split costs sums and room, so it must
+    bring more than a percent."""
     units = -(-each * splits // WARPS)
-    return units * columns / splits * (1 + 0.015 * splits)
+    pieces = columns // chunk // splits
+    return units * (columns / splits + _PIECE_COLUMNS * pieces) * (1 + 0.015 * splits)
