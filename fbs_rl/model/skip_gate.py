@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fbs_rl.model.configuration import FBSConfig
-from fbs_rl.model.preview import Glance
 from fbs_rl.types import GateInputs
 
 _WORD = 0xFFFFFFFF
+
+
+class Foresight(Protocol):
+    """What a gate reads of a preview (fbs_rl.model.preview.Glance): ṽ and H₁."""
+
+    @property
+    def pooled_BTE(self) -> Tensor: ...
+    @property
+    def entropy_BT(self) -> Tensor: ...
 
 
 class Motion:
@@ -74,13 +84,15 @@ class SkipGate(nn.Module):
         nn.init.normal_(self.out.weight, std=0.1 * self.out.in_features**-0.5)
         nn.init.constant_(self.out.bias, self.bias_init)
 
-    def forward(self, normed_BTd: Tensor, motion_BT2: Tensor, glance: Glance | None) -> Tensor:
+    def forward(self, normed_BTd: Tensor, motion_BT2: Tensor, glance: Foresight | None) -> Tensor:
         """Gate logits [B, T], float32, within ±gate_logit_clip."""
         hidden_BTG = self.activations(normed_BTd, motion_BT2, glance)
         logit = F.linear(hidden_BTG, self.out.weight.float(), self.out.bias.float()).squeeze(-1)
         return logit.clamp(-self.clip, self.clip)
 
-    def activations(self, normed_BTd: Tensor, motion_BT2: Tensor, glance: Glance | None) -> Tensor:
+    def activations(
+        self, normed_BTd: Tensor, motion_BT2: Tensor, glance: Foresight | None
+    ) -> Tensor:
         """SiLU(W_3 g) [B, T, gate_hidden], float32: what the last layer weighs."""
         parts = []
         if self.reads_residual:

@@ -22,7 +22,8 @@ from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.rl.collapse import CollapseGuard
 from fbs_rl.rl.credit import credit_segments, score_episode
 from fbs_rl.rl.critic import ValueHead, explained_variance
-from fbs_rl.rl.learner_settings import LearnerSettings, MismatchLimits
+from fbs_rl.rl.gate_views import see, view_bytes
+from fbs_rl.rl.learner_settings import LearnerSettings, MismatchLimits, Trains
 from fbs_rl.rl.mismatch import Mismatch, MismatchSums
 from fbs_rl.rl.ppo_loss import LossInputs, log_probability, ppo_loss
 from fbs_rl.rl.ranks import Ranks
@@ -194,10 +195,14 @@ class PPOLearner:
         mismatch = MismatchSums(self.device)
         probabilities = ProbabilitySums(self.model.config.layer_count, self.device)
         values = [torch.zeros(columns, device=self.device) for columns in found.columns]
-        for call in (call for minibatch in minibatches for call in minibatch.calls):
+        calls = [call for minibatch in minibatches for call in minibatch.calls]
+        keeps_views = self._keeps_views(calls)
+        for call in calls:
             batch = call.batch
+            if keeps_views:
+                call.views = see(self.model, batch, plan.never_skip, self._state_layer)
             prob_LBC, call.value_BC = self._replay(call, plan)
-            reference = replay(self.model, batch, plan.never_skip, self.reference)
+            reference_LBC = self._probabilities(call, plan, self.reference)
             policy_LBC = plan.policy.probability(prob_LBC)
             call.inputs = LossInputs(
                 prob_LBT=prob_LBC,
@@ -205,7 +210,7 @@ class PPOLearner:
                 old_logp_LBT=log_probability(policy_LBC, batch.skip_LBC),
                 decides_LBT=call.decides_LBC,
                 advantage_BT=torch.zeros_like(prob_LBC[0]),
-                reference_LBT=reference.prob_LBC,
+                reference_LBT=reference_LBC,
             )
             self._compare(mismatch, call, prob_LBC, found, plan)
             probabilities.add(prob_LBC, call.decides_LBC)
@@ -223,16 +228,42 @@ class PPOLearner:
         everyones = self.ranks.sum(torch.cat(values)).cpu()
         return _Before(metrics, prob_by_layer, list(everyones.split(found.columns)))
 
-    def _replay(self, call: Call, plan: UpdatePlan) -> tuple[Tensor, Tensor | None]:
-        """(p [L, B, C], V [B, C] if there is a critic) under the weights as they are."""
+    @property
+    def _state_layer(self) -> int | None:
+        """The layer whose state the value head reads; None without one."""
         if self.value_head is None:
-            return replay(self.model, call.batch, plan.never_skip).prob_LBC, None
+            return None
         config = self.model.config
         boundary = config.boundary_layer
-        layer = min(2, config.layer_count // 4) if boundary is None else boundary
-        now = replay(self.model, call.batch, plan.never_skip, state_layer=layer)
-        assert now.state_BCd is not None
-        return now.prob_LBC, self.value_head(now.state_BCd)
+        return min(2, config.layer_count // 4) if boundary is None else boundary
+
+    def _keeps_views(self, calls: Sequence[Call]) -> bool:
+        """Whether gates alone train and what they read in these calls is not too much to keep."""
+        columns = sum(call.batch.place_BC.numel() for call in calls)
+        number_bytes = self.model.model.embed_tokens.weight.element_size()
+        held = view_bytes(self.model.config, columns, number_bytes)
+        most = self.settings.runtime.gate_views_gib * 2**30
+        return self.settings.trains is Trains.GATES and held <= most
+
+    def _replay(self, call: Call, plan: UpdatePlan) -> tuple[Tensor, Tensor | None]:
+        """(p [L, B, C], V [B, C] if there is a critic) under the weights as they are."""
+        if call.views is not None:
+            prob_LBC, state_BCd = self._probabilities(call, plan), call.views.state_BCd
+        else:
+            now = replay(self.model, call.batch, plan.never_skip, state_layer=self._state_layer)
+            prob_LBC, state_BCd = now.prob_LBC, now.state_BCd
+        if self.value_head is None:
+            return prob_LBC, None
+        assert state_BCd is not None
+        return prob_LBC, self.value_head(state_BCd)
+
+    def _probabilities(
+        self, call: Call, plan: UpdatePlan, tensors: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """p [L, B, C] of the gates, or of a reference."""
+        if call.views is not None:
+            return call.views.probabilities(self.model, plan.never_skip, tensors)
+        return replay(self.model, call.batch, plan.never_skip, tensors).prob_LBC
 
     def _train(self, minibatches: Sequence[Minibatch], plan: UpdatePlan) -> dict[str, Any]:
         """Epochs of optimizer steps, and their figures."""

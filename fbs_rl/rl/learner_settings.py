@@ -107,6 +107,9 @@ class RuntimeSettings:
     """Torch threads; on CPU, results are equal to the bit only between runs with the same number."""
     gradient_checkpointing: bool = False
     """Saves memory where gradients pass the backbone (trains gates+window or gates+paw)."""
+    gate_views_gib: float = 4
+    """Where gates alone train, what they read in an update is kept, up to this size, instead of running the model anew
+    for the reference and in every epoch; 0: never."""
     deadline_s: float = 1800
     """Longest wait of one rank for another."""
 
@@ -118,6 +121,7 @@ class RuntimeSettings:
         }
         require_choice("runtime", self, choices)
         require_above_zero("runtime", self, "threads", "deadline_s")
+        require_not_negative("runtime", self, "gate_views_gib")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

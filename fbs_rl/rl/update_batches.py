@@ -18,6 +18,7 @@ from torch import Tensor
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.skip_gate import gate_uniform
 from fbs_rl.rl.credit import SegmentCredit
+from fbs_rl.rl.gate_views import GateViews
 from fbs_rl.rl.learner_settings import LearnerSettings
 from fbs_rl.rl.ppo_loss import LossInputs, Ratio, StepCounts, ValueInputs, decision_mask
 from fbs_rl.rl.replay import ReplayBatch, cut_batches
@@ -52,11 +53,13 @@ class UpdateSegments:
 class Call:
     """A batch with its decisions and, once they are known, the inputs of its loss.
 
-    decides_LBC: where its gates took a decision. inputs: prob_LBT is the p before the update. value_BC: V then.
+    decides_LBC: where its gates took a decision. views: what its gates read, if that is kept. inputs: prob_LBT is the
+    p before the update. value_BC: V then.
     """
 
     batch: ReplayBatch
     decides_LBC: Tensor
+    views: GateViews | None = None
     inputs: LossInputs | None = None
     value_BC: Tensor | None = None
 
