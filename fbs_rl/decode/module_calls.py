@@ -215,4 +215,4 @@ def write_chunk_end(writer: StepWriter, layer: FBSLayer) -> None:
     writer.call(
         "chunk_extend", state_Bd=state, width=state.shape[1],
         eps=writer.model.config.rms_norm_eps, kept_B=chunks.kept_B, sum_Bd=sum_Bd,
-    )  # fmt: skip
+    ).quiet = True  # fmt: skip  # the next step reads it
