@@ -33,25 +33,25 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
     assert paw is not None and head is not None and buffers is not None
     rank, horizons = head.rank, head.horizons
     first = layer.index == config.preview_layers[0]
-    maps = [head.horizon_maps.flatten(0, 1)] + [buffers.mean_map_RR] * first
-    writer.product("product_plain", maps, writer.front(layer.index, "query"), buffers.query_BX)
+    front, place = writer.layers.front_BF, writer.fronts[layer.index].place
     if first:
-        mean = buffers.query_BX[:, horizons * rank :]
-        writer.product(
-            "product_scores", [buffers.table_NR], mean, None, out_stride=len(buffers.table_NR),
-            prior_N=buffers.prior_N, wide_out=buffers.score_BN, best=buffers.best,
+        count, blocks = len(buffers.table_NR), writer.multiprocessors
+        writer.call(
+            "scores", 4 * (2 * rank + -(-count // blocks)), front=front, front_stride=front.stride(0),
+            query_at=place["query"], mean_map_RR=buffers.mean_map_RR, table_NR=buffers.table_NR,
+            prior_N=buffers.prior_N, count=count, rank=rank, score_BN=buffers.score_BN, best=buffers.best,
         )  # fmt: skip
         writer.call(
-            "shortlist", _SHORTLIST_BYTES, score_BN=buffers.score_BN, count=buffers.score_BN.shape[1],
+            "shortlist", _SHORTLIST_BYTES, score_BN=buffers.score_BN, count=count,
             wanted=head.shortlist_size, index_BM=buffers.index_BM, best=buffers.best,
-            offers=writer.calls[-1].arguments.weights.blocks, key_BF=buffers.key_BF, place_BF=buffers.place_BF,
+            offers=blocks, key_BF=buffers.key_BF, place_BF=buffers.place_BF,
             found_B=buffers.found_B, arrived_B=buffers.arrived_B,
         )  # fmt: skip
     dynamic = paw.fixed_window is None
     window: dict[str, Any] = {"fixed_window": float(paw.fixed_window or 0)}
     if dynamic:
         window = {
-            "window_at": writer.fronts[layer.index].place["window"],
+            "window_at": place["window"],
             "window_hidden": paw.window_in.out_features,
             "window_out": paw.window_out.weight,
             "window_bias": paw.window_out.bias,
@@ -61,11 +61,10 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
     count = head.shortlist_size
     # LookRoom of kernels/preview.cu; taps lie an odd number of words apart.
     taps = rank * (12 * buffers.table_NR.element_size() + 1) if mixes else 0
-    floats = count * (rank + 4) + 3 * (2 * rank + count) + _MOST_HORIZONS + taps
+    floats = count * (rank + 4) + rank + 3 * (2 * rank + count) + _MOST_HORIZONS + taps
     writer.call(
-        "look", 4 * floats, front=writer.layers.front_BF,
-        front_stride=writer.layers.front_BF.stride(0), hard=int(paw.hard), temperature=config.paw_temperature,
-        query_BKR=buffers.query_BX, query_stride=buffers.query_BX.stride(0), index_BM=buffers.index_BM,
+        "look", 4 * floats, front=front, front_stride=front.stride(0), hard=int(paw.hard), temperature=config.paw_temperature,
+        query_at=place["query"], maps_KRR=head.horizon_maps, index_BM=buffers.index_BM,
         table_NR=buffers.table_NR, early=int(not first), horizons=horizons, candidates=count, rank=rank,
         mix=paw.mix.weight if mixes else None, mix_bias=paw.mix.bias if mixes else None,
         pooled_BR=buffers.pooled_BR, entropy_B=buffers.entropy_B, mixed_BKR=buffers.mixed_BKR,

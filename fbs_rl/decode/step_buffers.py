@@ -176,12 +176,11 @@ class GateBuffers:
 
 @dataclass(slots=True)
 class PreviewBuffers:
-    """query_BX: every horizon's query, and the mean one behind them. The rest as in Look and Shortlist of the kernels.
+    """As in Look, Scores and Shortlist of the kernels.
 
     table_NR, mean_map_RR, prior_N: what the preview head's weights determine; copy_weights() follows them.
     """
 
-    query_BX: Tensor
     score_BN: Tensor
     best: Tensor
     key_BF: Tensor
@@ -200,7 +199,6 @@ class PreviewBuffers:
     def empty(cls, room: Room, config: FBSConfig, blocks: int) -> PreviewBuffers:
         rows, rank, size = room.rows, config.paw_rank, config.preview_vocab_size
         return cls(
-            room.numbers(rows, (config.paw_horizon + 1) * rank),
             room.floats(rows, size),
             room.floats(blocks, rows),
             room.integers(rows, MOST_FOUND),

@@ -53,10 +53,8 @@ struct Product {
   const num* scale_N;
   const num* strength;
   SkipPath path;  // LAYER_END: of the rows that skip
-  const float* prior_N;
-  float* wide_out;  // SCORED: the scores
-  float* best;      // SCORED, LOGITS: the best of each block, [blocks, ROWS]
-  int* best_index;  // LOGITS
+  float* best;  // LOGITS: the best of each block, [blocks, ROWS]
+  int* best_index;
   const int* size_B;
   const float* sum_Bd;
   num* ring[2];
@@ -67,9 +65,8 @@ struct Product {
 // UNIT: without weight; MEAN: sum / size.
 enum Input { PLAIN, NORMED, UNIT, PRENORMED, MEAN };
 // STORE: W·x + b. AFFINE: b + s·W·x. RESIDUAL: r + W·x. LAYER_END: that, or the skip path. GATED: silu(W_1·x)·W_2·x.
-// INJECT: r + s·W·x, or r where the row skips. SCORED: float32, plus a prior, with the
-// best of each block. LOGITS: likewise. RING: into the ring of closed chunks.
-enum Output { STORE, AFFINE, RESIDUAL, LAYER_END, GATED, INJECT, SCORED, LOGITS, RING };
+// INJECT: r + s·W·x, or r where the row skips. LOGITS: with the best of each block. RING: into the ring of closed chunks.
+enum Output { STORE, AFFINE, RESIDUAL, LAYER_END, GATED, INJECT, LOGITS, RING };
 
 // --- input --------------------------------------------------------------------------------------------
 
@@ -149,7 +146,6 @@ __device__ __forceinline__ Terms terms_of(const Product& p, int output, int b, i
   Terms t = {};
   if (output == RESIDUAL || output == LAYER_END || output == INJECT) t.residual = read(p.residual_Bd + b * p.out_stride + n);
   if (p.bias_N) t.bias = widen(p.bias_N[n]);
-  if (output == SCORED) t.bias = p.prior_N[n];
   if (output == AFFINE) t.scale = widen(p.scale_N[n]);
   if (output == INJECT) t.scale = widen(p.strength[0]);
   return t;
@@ -169,7 +165,6 @@ __device__ __forceinline__ void finish(const Product& p, int output, int b, int 
   if (output == AFFINE) p.out[at] = narrow(terms.bias + v * terms.scale);
   if (output == RESIDUAL || output == LAYER_END) p.out[at] = narrow(terms.residual + v);
   if (output == GATED) p.out[at] = narrow(rounded(silu(v)) * rounded(second));
-  if (output == SCORED) p.wide_out[at] = v + terms.bias;
   if (output == INJECT) p.out[at] = narrow(skipped ? terms.residual : terms.residual + v * terms.scale);
   if (output == RING && __ldcg(p.weights.slot_B + b) >= 0) {
     const int half = n >= p.weights.rows[0], column = n - half * p.weights.rows[0];
@@ -220,17 +215,16 @@ __device__ __forceinline__ void output_stage(const Product& p, int output, const
       finish(p, output, b, first_row / 2 + pair, part_sum(splits, sums, pair, b),
              part_sum(splits, sums, count / 2 + pair, b), true, early);
     }
-  } else if (output == LOGITS || output == SCORED) {
+  } else if (output == LOGITS) {
     ROLLED for (int b = 0; b < ROWS; ++b) {
       float value = MINUS_INFINITY;
       int index = 0x7fffffff;
       ROLLED for (int j = threadIdx.x; j < count; j += THREADS) {
         const float sum = part_sum(splits, sums, j, b);
         finish(p, output, b, first_row + j, sum, 0.f, true, terms_of(p, output, b, first_row + j));
-        better(value, index, output == SCORED ? rounded(sum) + p.prior_N[first_row + j] : rounded(sum), first_row + j);
+        better(value, index, rounded(sum), first_row + j);
       }
-      block_best(value, index, fixed, p.best + blockIdx.x * ROWS + b,
-                 output == LOGITS ? p.best_index + blockIdx.x * ROWS + b : nullptr);
+      block_best(value, index, fixed, p.best + blockIdx.x * ROWS + b, p.best_index + blockIdx.x * ROWS + b);
     }
   } else {
     ROLLED for (int i = threadIdx.x; i < count * ROWS; i += THREADS) {

@@ -37,7 +37,6 @@ struct Program {
   PRODUCT(20, product_down, PLAIN, LAYER_END)        \
   PRODUCT(21, product_logits, NORMED, LOGITS)        \
   PRODUCT(22, product_plain, PLAIN, STORE)           \
-  PRODUCT(23, product_scores, PLAIN, SCORED)         \
   PRODUCT(24, product_inject_preview, PRENORMED, INJECT) \
   PRODUCT(25, product_inject_chunks, PLAIN, INJECT)  \
   PRODUCT(26, product_summary, MEAN, STORE)          \
@@ -102,6 +101,7 @@ __device__ __forceinline__ void make_call(const Call& c, int number, Block& b) {
     case 3: decide(*(const Decision*)c.arguments, b.team, *b.fixed, b.room); break;
     case 10: skip_end(*(const SkipEnd*)c.arguments, b.team); break;
     case 4: move(*(const Move*)c.arguments, b.team, *b.fixed); break;
+    case 12: scores(*(const Scores*)c.arguments, b.team, *b.fixed, b.room); break;
     case 5: shortlist(*(const Shortlist*)c.arguments, b.team, *b.fixed, b.room); break;
     case 6: look(*(const Look*)c.arguments, b.team, *b.fixed, b.room); break;
     case 7: boundary(*(const Boundary*)c.arguments, b.team); break;
