@@ -9,6 +9,7 @@ from torch import Tensor
 from fbs_rl.decode.kernel_arguments import Void
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.module_calls import (
+    skip_path,
     write_boundary,
     write_chunk_end,
     write_chunk_read,
@@ -19,7 +20,6 @@ from fbs_rl.decode.module_calls import (
 )
 from fbs_rl.decode.step_writer import StepWriter
 from fbs_rl.model.layer import FBSLayer
-from fbs_rl.model.skip_path import SkipAdapter
 from fbs_rl.types import KVPolicy
 
 _ATTENTION_PARTS = 16  # MOST_PARTS of kernels/attention.cu
@@ -68,7 +68,7 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
     buffers, skip_B, state = writer.layers, writer.skip_B(layer.index), writer.entering(layer.index)
     adds = layer.paw is not None or layer.chunk_reader is not None
     injected = buffers.injected_Bd if adds else state
-    if skip_B is not None:
+    if skip_B is not None and layer.skip_gate is None:
         _write_skip_end(writer, layer, skip_B)
     _write_attention(writer, layer, injected, skip_B)
     attention, mlp = layer.self_attn, cast(Any, layer.mlp)
@@ -82,25 +82,14 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
     ).void_flags = skip_B  # fmt: skip
     last = writer.product(
         "product_down", [mlp.down_proj.weight], buffers.active_BI, writer.entering(layer.index + 1),
-        residual_Bd=buffers.middle_Bd, path=_skip_path(writer, layer), skip_B=skip_B,
+        residual_Bd=buffers.middle_Bd, path=skip_path(writer, layer), skip_B=skip_B,
     )  # fmt: skip
     last.void_flags = skip_B
 
 
-def _skip_path(writer: StepWriter, layer: FBSLayer) -> dict[str, Any]:
-    state, path = writer.entering(layer.index), layer.skip_path
-    told = {"state_Bd": state, "width": state.shape[1]}
-    if layer.index not in writer.free or not isinstance(path, SkipAdapter):
-        return told
-    return told | {
-        "up": path.up.weight, "rank": path.up.in_features,
-        "down": writer.front(layer.index, "adapter"), "down_stride": writer.layers.front_BF.stride(0),
-    }  # fmt: skip
-
-
 def _write_skip_end(writer: StepWriter, layer: FBSLayer, skip_B: Tensor) -> None:
     """The next layer's h where all rows skip this one; of keys and values, which may follow, it is not part."""
-    call = writer.call("skip_end", path=_skip_path(writer, layer), out_Bd=writer.entering(layer.index + 1))  # fmt: skip
+    call = writer.call("skip_end", path=skip_path(writer, layer), out_Bd=writer.entering(layer.index + 1))  # fmt: skip
     call.void_flags, call.void_where = skip_B, Void.SOME_ROW_RUNS
     # Keys and values of the token come behind it, for which all wait; without them nothing does.
     call.quiet = writer.model.config.kv_on_skip == KVPolicy.PROJECT

@@ -12,14 +12,14 @@ from fbs_rl.decode.program import WARPS
 from fbs_rl.decode.step_buffers import MOST_FOUND
 from fbs_rl.decode.step_writer import StepWriter
 from fbs_rl.model.layer import FBSLayer
-from fbs_rl.model.skip_gate import SkipGate
+from fbs_rl.model.skip_path import SkipAdapter
 from fbs_rl.types import Compression, GateInputs, KVPolicy
 
 _SHORTLIST_BYTES = 4 * (
     2 * MOST_FOUND + 256
 )  # keys, places, and a flag a thread: kernels/preview.cu
 _MOST_HORIZONS = 64
-_MOST_FEATURES = 512  # of kernels/gate.cu
+_LINE = 512 + 256  # of kernels/gate.cu
 
 
 def write_look(writer: StepWriter, layer: FBSLayer) -> None:
@@ -103,40 +103,63 @@ def write_decision(writer: StepWriter, layer: FBSLayer) -> None:
         reads |= {
             "reduce_at": writer.fronts[index].place["reduce"],
             "reduce_width": gate.reduce.out_features,
-            "reduce_norm": gate.reduce_norm.weight,
             "eps": gate.reduce_norm.eps,
         }
     if gate.reads_preview:
         assert writer.previews is not None
         reads |= {
-            "preview": gate.preview.weight,
             "preview_width": gate.preview.out_features,
             "pooled_width": gate.preview.in_features,
             "pooled_B": writer.previews.pooled_BR,
             "entropy_B": writer.previews.entropy_B,
+            "fresh": int(layer.paw is not None),
         }
     if index > 0 and config.gate_inputs != GateInputs.PREVIEW:
         reads |= _moved(writer, index - 1)
-    writer.call(
-        "decide", gate_bytes(gate), front=buffers.front_BF, front_stride=buffers.front_BF.stride(0),
-        hidden=gate.hidden.weight, hidden_bias=gate.hidden.bias, out=gate.out.weight, out_bias=gate.out.bias,
-        hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
+    if index in writer.free:
+        reads |= {"path": skip_path(writer, layer), "next_Bd": writer.entering(index + 1)}
+    later = next((rows for place, rows in writer.gate_rows.items() if place > index), None)
+    if later is not None:
+        reads |= {"later": later.weight_N, "later_bytes": later.weight_N.nbytes}
+    front, weights = buffers.front_BF, writer.gate_rows[index].weight_N
+    call = writer.call(
+        "decide", gate_bytes(writer, layer), front=front, front_stride=front.stride(0), weights=weights,
+        weight_count=len(weights), hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
         sampled=int(writer.sampled), consensus=int(writer.together), tau_B=gates.tau_B, seed_B2=gates.seed_B2,
         position_B=writer.tokens.position_B, leader=index, members=end - index, free_mask=mask,
         skip_LB=gates.skip_LB, layers=config.layer_count, step=writer.tokens.step,
         trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, **reads,
-    ).quiet = True  # fmt: skip
+    )  # fmt: skip
+    call.quiet = True
+    if index in writer.free and config.kv_on_skip == KVPolicy.NOOP:
+        # Where all rows skip, nothing follows that others would wait for.
+        call.quiet_flags, call.quiet_where = writer.skip_B(index), Void.SOME_ROW_RUNS
 
 
-def gate_bytes(gate: SkipGate) -> int:
-    """Of GateRoom in kernels/gate.cu: features and previews of eight rows, and all weights but the front's."""
+def skip_path(writer: StepWriter, layer: FBSLayer) -> dict[str, Any]:
+    """SkipPath of kernels/products.cu."""
+    state, path = writer.entering(layer.index), layer.skip_path
+    told = {"state_Bd": state, "width": state.shape[1]}
+    if layer.index not in writer.free or not isinstance(path, SkipAdapter):
+        return told
+    down = writer.front(layer.index, "adapter")
+    return told | {
+        "up": path.up.weight, "rank": path.up.in_features, "down": down, "down_stride": down.stride(0),
+    }  # fmt: skip
+
+
+def gate_bytes(writer: StepWriter, layer: FBSLayer) -> int:
+    """Of GateRoom in kernels/gate.cu."""
+    gate, rows, path = layer.skip_gate, writer.shape.rows, layer.skip_path
+    assert gate is not None
     pooled = gate.preview.in_features if gate.reads_preview else 0
-    small = (weight.numel() for name, weight in gate.named_parameters() if name != "reduce.weight")
-    numbers = sum(-(-count // 8) * 8 for count in small)
-    return (
-        WARPS * 4 * (_MOST_FEATURES + -(-pooled // 4) * 4)
-        + numbers * gate.hidden.weight.element_size()
+    rank = path.up.in_features if isinstance(path, SkipAdapter) else 0
+    floats = WARPS * _LINE + -(-rows * (2 * gate.hidden.out_features + rank) // 4) * 4
+    columns = -(-writer.model.config.hidden_size // writer.multiprocessors)
+    numbers = (
+        -(-rows * pooled // 8) * 8 + len(writer.gate_rows[layer.index].weight_N) + columns * rank
     )
+    return 4 * floats + numbers * (16 // writer.shape.lane_numbers)
 
 
 def _moved(writer: StepWriter, layer: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from fbs_rl.decode.kernel_arguments import Call, structures
+from fbs_rl.decode.kernel_arguments import Call, Void, structures
 from fbs_rl.decode.kernel_source import KernelShape
 
 WARPS = 8  # of a block that work on its calls, as in kernels/common.cu
@@ -102,12 +102,19 @@ def _records(calls: Sequence[Call]) -> list[bytes]:
 def _record(call: Call, product: int) -> bytes:
     """One call as the device reads it. product: its number among the products, -1 if it is none."""
     header = _Header(
-        kernel=call.kind.number, quiet=2 if call.quiet_flags is not None else int(call.quiet), product=product,
+        kernel=call.kind.number, quiet=_quiet(call), product=product,
         void_where=int(call.void_where), quiet_B=_address(call.quiet_flags), void_B=_address(call.void_flags),
     )  # fmt: skip
     head, arguments = bytes(header), bytes(call.arguments)
     assert len(arguments) <= _ARGUMENT_BYTES, call.name
     return head.ljust(-(-len(head) // 16) * 16, b"\0") + arguments.ljust(_ARGUMENT_BYTES, b"\0")
+
+
+def _quiet(call: Call) -> int:
+    """As Call of kernels/program.cu has it."""
+    if call.quiet_flags is None:
+        return int(call.quiet)
+    return 3 if call.quiet_where is Void.SOME_ROW_RUNS else 2
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fbs_rl.decode.front_rows import FrontRows
+from fbs_rl.decode.gate_rows import GateRows
 from fbs_rl.decode.kernel_arguments import Call, kinds, make_call
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.product_plan import ProductPlan
@@ -35,6 +36,7 @@ class StepWriter:
     sampled: bool
     together: bool
     fronts: dict[int, FrontRows]
+    gate_rows: dict[int, GateRows]
     tokens: TokenBuffers
     layers: LayerBuffers
     gates: GateBuffers

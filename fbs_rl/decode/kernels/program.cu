@@ -4,7 +4,7 @@
 
 struct Call {
   int kernel;
-  int quiet;         // no arrival behind it, 1: ever; 2: where the rows of quiet_B all skip
+  int quiet;         // no arrival behind it, 1: ever; 2: where the rows of quiet_B all skip; 3: where one of them runs
   int product;       // its number among the products, -1: it is none
   int void_where;    // 0: nobody of void_B runs; 1: no row closes a chunk in void_B; 2: somebody of void_B runs
   const int* quiet_B;
@@ -89,7 +89,7 @@ __device__ __forceinline__ bool is_void(const Call& c, Team& team) {
 }
 
 __device__ __forceinline__ bool is_quiet(const Call& c, Team& team) {
-  return c.quiet == 1 || (c.quiet == 2 && !layer_runs(c.quiet_B, team));
+  return c.quiet == 1 || (c.quiet && layer_runs(c.quiet_B, team) == (c.quiet == 3));
 }
 
 __device__ __forceinline__ void make_call(const Call& c, int number, Block& b) {
