@@ -130,7 +130,7 @@ def write_decision(writer: StepWriter, layer: FBSLayer) -> None:
         skip_LB=gates.skip_LB, layers=config.layer_count, step=writer.tokens.step,
         trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, **reads,
     )  # fmt: skip
-    call.quiet = True
+    call.quiet = call.sets_flags = True
     if index in writer.free and config.kv_on_skip == KVPolicy.NOOP:
         # Where all rows skip, nothing follows that others would wait for.
         call.quiet_flags, call.quiet_where = writer.skip_B(index), Void.SOME_ROW_RUNS

@@ -298,7 +298,7 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
   if (first == end) return;
   const bool runs = layer_runs(w.skip_B, team);
   if (idle(w, end, runs)) {
-    pass(s, number);
+    pass(s, number, number + 1);
     if (output == INJECT)
       ROLLED for (int i = threadIdx.x; i < (end_row - first * OUT_ROWS) * ROWS; i += THREADS) {
         const int b = i % ROWS, n = first * OUT_ROWS + i / ROWS;
