@@ -51,8 +51,9 @@ class Call:
 
     room_bytes: shared memory that it works in. quiet: nobody waits for it, because every block makes all of it by
     itself, or because what it leaves is read behind another call that all wait for; with quiet_flags, only where all
-    rows skip, or, by quiet_where, where one runs. void_flags, void_where: flags of who skips, or of which chunks close, and when there is nothing to do.
-    sets_flags: whether the call behind it is void shows only afterwards. held: tensors that its arguments point into.
+    rows skip, or, by quiet_where, where one runs. void_flags, void_where: flags of who skips, or of which chunks close,
+    and when there is nothing to do. sets_flags: whether the call behind it is void shows only afterwards. held: tensors
+    that its arguments point into.
     """
 
     name: str

@@ -63,7 +63,8 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
     taps = rank * (12 * buffers.table_NR.element_size() + 1) if mixes else 0
     floats = count * (rank + 4) + rank + 3 * (2 * rank + count) + _MOST_HORIZONS + taps
     writer.call(
-        "look", 4 * floats, front=front, front_stride=front.stride(0), hard=int(paw.hard), temperature=config.paw_temperature,
+        "look", 4 * floats, front=front, front_stride=front.stride(0), hard=int(paw.hard),
+        temperature=config.paw_temperature,
         query_at=place["query"], maps_KRR=head.horizon_maps, index_BM=buffers.index_BM,
         table_NR=buffers.table_NR, early=int(not first), horizons=horizons, candidates=count, rank=rank,
         mix=paw.mix.weight if mixes else None, mix_bias=paw.mix.bias if mixes else None,

@@ -110,7 +110,8 @@ def _record(calls: Sequence[Call], number: int, products: Sequence[int]) -> byte
     call, past = calls[number], _past(calls, number)
     header = _Header(
         kernel=call.kind.number, quiet=_quiet(call), product=products[number], void_where=int(call.void_where),
-        past_call=past, past_product=products[past], quiet_B=_address(call.quiet_flags), void_B=_address(call.void_flags),
+        past_call=past, past_product=products[past], quiet_B=_address(call.quiet_flags),
+        void_B=_address(call.void_flags),
     )  # fmt: skip
     behind = calls[number + 1] if number + 1 < len(calls) else None
     # Of a chunk's end to know costs as much as the call.
