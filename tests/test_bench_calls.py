@@ -32,7 +32,7 @@ def test_every_call_of_a_step_is_accounted_for(place: str) -> None:
         assert total == pytest.approx(1e3 * made["step_ms"][variant], rel=0.2)
         assert all(row["min_us"] <= row["median_us"] <= row["max_us"] for row in of.values())
     assert ("plain", "decide") not in rows and rows["50% forced", "decide"]["count"] > 1
-    assert "| 50% forced | decide |" in describe(made)
+    assert "| 50% forced | leave_entry |" in describe(made)
 
 
 def test_without_cuda_it_says_so(

@@ -38,10 +38,12 @@ class Void(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a call of one name is: its number in the source, its arguments, what a product writes ("" for others)."""
+    """What a call of one name is: its number in the source, its arguments, what a product reads and writes ("" for
+    others)."""
 
     number: int
     arguments: type[ctypes.Structure]
+    reads: str
     writes: str
 
 
@@ -89,8 +91,8 @@ def structures() -> Mapping[str, type[ctypes.Structure]]:
 def kinds() -> Mapping[str, Kind]:
     """Every call by its name."""
     text, known = kernel_text(), structures()
-    found = {name: Kind(int(n), known[kind], "") for n, name, kind in _CASE.findall(text)}
-    products = {name: Kind(int(n), known["Product"], out) for n, name, _, out in _PRODUCT.findall(text)}  # fmt: skip
+    found = {name: Kind(int(n), known[kind], "", "") for n, name, kind in _CASE.findall(text)}
+    products = {name: Kind(int(n), known["Product"], *ends) for n, name, *ends in _PRODUCT.findall(text)}  # fmt: skip
     return found | products
 
 

@@ -33,7 +33,7 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
     assert paw is not None and head is not None and buffers is not None
     rank, horizons = head.rank, head.horizons
     first = layer.index == config.preview_layers[0]
-    front, place = writer.layers.front_BF, writer.fronts[layer.index].place
+    front, place = writer.layers.front(layer.index), writer.fronts[layer.index].place
     if first:
         count, blocks = len(buffers.table_NR), writer.multiprocessors
         writer.call(
@@ -122,19 +122,30 @@ def write_decision(writer: StepWriter, layer: FBSLayer) -> None:
     later = next((rows for place, rows in writer.gate_rows.items() if place > index), None)
     if later is not None:
         reads |= {"later": later.weight_N, "later_bytes": later.weight_N.nbytes}
-    front, weights = buffers.front_BF, writer.gate_rows[index].weight_N
+    front, weights = buffers.front(index), writer.gate_rows[index].weight_N
+    held = writer.held_bytes(config.hidden_size) if asks_with_entry(writer, layer) else 0
     call = writer.call(
-        "decide", gate_bytes(writer, layer), front=front, front_stride=front.stride(0), weights=weights,
+        "decide", held + gate_bytes(writer, layer), front=front, front_stride=front.stride(0), weights=weights,
         weight_count=len(weights), hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
         sampled=int(writer.sampled), consensus=int(writer.together), tau_B=gates.tau_B, seed_B2=gates.seed_B2,
         position_B=writer.tokens.position_B, leader=index, members=end - index, free_mask=mask,
         skip_LB=gates.skip_LB, layers=config.layer_count, step=writer.tokens.step,
-        trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, **reads,
+        trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, held_bytes=held, **reads,
     )  # fmt: skip
     call.quiet = call.sets_flags = True
-    if index in writer.free and config.kv_on_skip == KVPolicy.NOOP:
+    if index in writer.free and (held or config.kv_on_skip == KVPolicy.NOOP):
         # Where all rows skip, nothing follows that others would wait for.
         call.quiet_flags, call.quiet_where = writer.skip_B(index), Void.SOME_ROW_RUNS
+
+
+def asks_with_entry(writer: StepWriter, layer: FBSLayer) -> bool:
+    """Whether keys and values are made with the front, before the gate decides: they are needed either way, and the
+    same, where nothing is injected."""
+    plain = layer.paw is None and layer.chunk_reader is None
+    asks = (
+        layer.skip_gate is not None and layer.index in writer.free and layer.index in writer.fronts
+    )
+    return plain and asks and writer.model.config.kv_on_skip == KVPolicy.PROJECT
 
 
 def skip_path(writer: StepWriter, layer: FBSLayer) -> dict[str, Any]:
@@ -184,7 +195,7 @@ def write_move(writer: StepWriter, layer: FBSLayer) -> None:
 
 def write_boundary(writer: StepWriter, layer: FBSLayer) -> None:
     """Where chunks close."""
-    chunks, front = writer.chunks, writer.layers.front_BF
+    chunks, front = writer.chunks, writer.layers.front(layer.index)
     assert chunks is not None
     writer.call(
         "boundary", front=front, front_stride=front.stride(0),
@@ -201,12 +212,13 @@ def write_chunk_read(writer: StepWriter, layer: FBSLayer) -> None:
     reader, chunks, buffers = layer.chunk_reader, writer.chunks, writer.layers
     assert reader is not None and chunks is not None
     keys, values, _ = chunks.rings[layer.index]
+    front = buffers.front(layer.index)
     width = reader.key.out_features
     skip_B = writer.skip_B(layer.index)
     void = _read_by_nobody(writer, layer)
     writer.call(
-        "chunk_read", 4 * (2 + 2 * reader.cap + width // reader.heads + 2048), front=buffers.front_BF,
-        front_stride=buffers.front_BF.stride(0), query_at=writer.fronts[layer.index].place["chunk_query"],
+        "chunk_read", 4 * (2 + 2 * reader.cap + width // reader.heads + 2048), front=front,
+        front_stride=front.stride(0), query_at=writer.fronts[layer.index].place["chunk_query"],
         null_key=reader.null_key, null_value=reader.null_value, keys=keys, values=values,
         bias_HC=reader.distance_bias, bucket_C=chunks.bucket_C, heads=reader.heads, width=width,
         buckets=reader.buckets, ring_length=reader.cap, scale=1 / math.sqrt(width // reader.heads),

@@ -37,6 +37,7 @@ struct Decision {
   int trace_steps;
   float* prob_trace;  // [trace_steps, layers, ROWS]
   unsigned char* skip_trace;
+  int held_bytes;  // of the room: not to be touched
   SkipPath path;
   num* next_Bd;  // the next layer's h, written here where all rows skip this one; null: not here
 };
@@ -322,7 +323,7 @@ __device__ __forceinline__ void pass_by(const Decision& d, const GateRoom& g, fl
 }
 
 __device__ __forceinline__ void decide(const Decision& d, Team& team, Fixed& fixed, unsigned char* room) {
-  const GateRoom g = lay_out(d, room);
+  const GateRoom g = lay_out(d, room + d.held_bytes);
   bring_gate(d, g);
   const int step = __ldcg(d.step);
   bring_bars(d, fixed);

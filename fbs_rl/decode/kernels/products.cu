@@ -62,16 +62,17 @@ struct Product {
 };
 
 // NORMED: weight * round(x / rms), as the backbone norms; PRENORMED: round(weight * x / rms), as nn.RMSNorm;
-// UNIT: without weight; MEAN: sum / size.
-enum Input { PLAIN, NORMED, UNIT, PRENORMED, MEAN };
+// UNIT: without weight; MEAN: sum / size. BOTH: NORMED, and UNIT for the rows of the third matrix. HELD: what the product
+// in front left in the room.
+enum Input { PLAIN, NORMED, UNIT, PRENORMED, MEAN, BOTH, HELD };
 // STORE: W·x + b. AFFINE: b + s·W·x. RESIDUAL: r + W·x. LAYER_END: that, or the skip path. GATED: silu(W_1·x)·W_2·x.
 // INJECT: r + s·W·x, or r where the row skips. LOGITS: with the best of each block. RING: into the ring of closed chunks.
 enum Output { STORE, AFFINE, RESIDUAL, LAYER_END, GATED, INJECT, LOGITS, RING };
 
 // --- input --------------------------------------------------------------------------------------------
 
-// What a thread staged of a row, normed in place.
-__device__ __forceinline__ void norm_row(int input, num* x, const num* norm, int columns, int from, int stride,
+// What a thread staged of a row, normed in place; BOTH: and without weight into `bare`.
+__device__ __forceinline__ void norm_row(int input, num* x, num* bare, const num* norm, int columns, int from, int stride,
                                          float inverse) {
 #pragma unroll 2
   for (int k = from; k < columns / LANE_NUMS; k += stride) {
@@ -81,9 +82,12 @@ __device__ __forceinline__ void norm_row(int input, num* x, const num* norm, int
 #pragma unroll
     for (int i = 0; i < LANE_NUMS; ++i) {
       v[i] *= inverse;
-      if (input == NORMED) v[i] = rounded(v[i]);
-      if (input != UNIT) v[i] *= weight[i];
+      if (input == NORMED || input == BOTH) v[i] = rounded(v[i]);
     }
+    if (input == BOTH) ((uint4*)bare)[k] = pack(v);
+    if (input != UNIT)
+#pragma unroll
+      for (int i = 0; i < LANE_NUMS; ++i) v[i] *= weight[i];
     ((uint4*)x)[k] = pack(v);
   }
 }
@@ -129,7 +133,7 @@ __device__ __forceinline__ void stage(const Product& p, int input, num* x, const
     __syncthreads();
     square = 0.f;
     ROLLED for (int w = warp / each * each; w < warp / each * each + each && w < WARPS; ++w) square += scratch[w];
-    if (mine) norm_row(input, row, norm, columns, from, stride, rsqrtf(square / columns + p.eps));
+    if (mine) norm_row(input, row, row + ROWS * columns, norm, columns, from, stride, rsqrtf(square / columns + p.eps));
     __syncthreads();
   }
   __syncthreads();
@@ -254,14 +258,15 @@ __device__ __forceinline__ void multiply(const Weights& w, const num* x, const n
   }
 }
 
-// A warp's share of the units; their sums into sums[(unit, OUT_ROWS, ROWS)].
-__device__ __forceinline__ void run_stream(const Weights& given, int units, Stream& s, const num* x, float* sums) {
+// A warp's share of the units; their sums into sums[(unit, OUT_ROWS, ROWS)]. From the group `bare` of these on the inputs
+// are those behind the first ones.
+__device__ __forceinline__ void run_stream(const Weights& given, int units, int bare, Stream& s, const num* x, float* sums) {
   const Weights w = given;  // in registers
   const int lane = threadIdx.x % WARP, bytes = OUT_ROWS * w.chunk * sizeof(num);
   float acc[OUT_ROWS][ROWS] = {};
   int unit = threadIdx.x / WARP, chunk = 0, column = 0;
   ROLLED while (unit < units) {
-    if (chunk == 0) column = unit % w.splits * w.unit_chunks * w.chunk;
+    if (chunk == 0) column = unit % w.splits * w.unit_chunks * w.chunk + (unit / w.splits < bare ? 0 : ROWS * w.columns);
     multiply(w, x + column, await_piece(s, bytes), acc);
     leave_piece(s, bytes);
     column += w.chunk;
@@ -285,7 +290,7 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
                                         Fixed& fixed, unsigned char* room) {
   const Weights& w = p.weights;
   num* x = (num*)room;
-  num* norm = x + ROWS * w.columns;
+  num* norm = x + (input == BOTH ? 2 : 1) * ROWS * w.columns;
   float* sums = (float*)(norm + (p.norm ? w.columns : 0));
   int first, end;
   share_of(w, first, end);
@@ -295,7 +300,7 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
       copy_aside((uint4*)norm + k, (const uint4*)p.norm + k);
   await_copies();
   await(team);
-  if (first == end) return;
+  if (first == end && input != BOTH) return;  // those leave their input to the product behind as well
   const bool runs = layer_runs(w.skip_B, team);
   if (idle(w, end, runs)) {
     pass(s, number, number + 1);
@@ -307,12 +312,14 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
     return;
   }
   if (!runs && w.kept_from > first * OUT_ROWS) first = w.kept_from / OUT_ROWS;
-  meet(s, number, first);
+  if (first != end) meet(s, number, first);
   Terms early = {};
   if (output != LOGITS && output != GATED && (int)threadIdx.x < (end_row - first * OUT_ROWS) * ROWS)
     early = terms_of(p, output, threadIdx.x % ROWS, first * OUT_ROWS + threadIdx.x / ROWS);
-  stage(p, input, x, norm, fixed.scratch);
-  run_stream(w, (end - first) * w.splits, s, x, sums);
+  if (input != HELD) stage(p, input, x, norm, fixed.scratch);
+  if (first == end) return;
+  const int bare = input == BOTH ? (w.rows[0] + w.rows[1]) / OUT_ROWS - first : end;
+  run_stream(w, (end - first) * w.splits, bare, s, x, sums);
   __syncthreads();
   close_product(s);
   output_stage(p, output, sums, first * OUT_ROWS, end_row - first * OUT_ROWS, early, fixed);

@@ -46,7 +46,9 @@ struct Program {
   PRODUCT(24, product_inject_preview, PRENORMED, INJECT) \
   PRODUCT(25, product_inject_chunks, PLAIN, INJECT)  \
   PRODUCT(26, product_summary, MEAN, STORE)          \
-  PRODUCT(27, product_ring, PLAIN, RING)
+  PRODUCT(27, product_ring, PLAIN, RING)             \
+  PRODUCT(28, product_entry, BOTH, STORE)            \
+  PRODUCT(29, product_query, HELD, STORE)
 
 struct Block {
   Team team;
@@ -118,6 +120,7 @@ __device__ __forceinline__ void make_call(const Call& c, int number, Block& b) {
     case 2: attention(*(const Attention*)c.arguments, b.team, *(AttentionShared*)b.room); break;
     case 3: decide(*(const Decision*)c.arguments, b.team, *b.fixed, b.room); break;
     case 10: skip_end(*(const SkipEnd*)c.arguments, b.team); break;
+    case 11: leave_entry(*(const Attention*)c.arguments, b.team, *(AttentionShared*)b.room); break;
     case 4: move(*(const Move*)c.arguments, b.team, *b.fixed); break;
     case 12: scores(*(const Scores*)c.arguments, b.team, *b.fixed, b.room); break;
     case 5: shortlist(*(const Shortlist*)c.arguments, b.team, *b.fixed, b.room); break;
@@ -155,10 +158,10 @@ __device__ __forceinline__ void work(const Program& p, unsigned char* shared) {
       __syncthreads();
     } else {
       make_call(c, c.product, b);
-      await(b.team);  // a block that had no part in the call
-      const bool tells = more && !is_quiet(c, b.team);
+      const bool quiet = more && is_quiet(c, b.team);
+      if (!quiet) await(b.team);  // a block that had no part in the call
       __syncthreads();  // from here on nobody looks at c
-      if (tells) arrive(b.team);
+      if (more && !quiet) arrive(b.team);
     }
     if (p.cycles && blockIdx.x == 0 && threadIdx.x == 0)
       ROLLED for (int passed = at; passed < min(next, p.end); ++passed) p.cycles[passed] = clock64();
