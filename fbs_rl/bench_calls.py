@@ -69,21 +69,22 @@ def run(arguments: argparse.Namespace, launcher: Launcher | None = None) -> dict
         raise ValueError("--steps, --prompt-tokens and --rows must be at least 1")
     device = torch.device("cuda") if launcher is None else launcher.device
     _, models = load_models(arguments, getattr(torch, arguments.dtype), device)
-    threshold, share = GateMode.THRESHOLD, arguments.skip
+    threshold, asked = GateMode.THRESHOLD, arguments.skip
     variants = [
         Variant("plain", "graph", modules=False),
         Variant("gates on, nothing skipped", "graph", True, threshold, 0.0),
-        Variant(f"{share:.0%} forced", "graph", True, threshold, share),
+        Variant(f"{asked:.0%} forced", "graph", True, threshold, asked),
     ]
-    rows, steps = [], {}
+    rows, steps, skipped = [], {}, {}
     for variant in variants:
-        step_ms, found = measure(models[variant.modules], variant, arguments, launcher)
-        steps[variant.name] = step_ms
+        step_ms, share, found = measure(models[variant.modules], variant, arguments, launcher)
+        steps[variant.name], skipped[variant.name] = step_ms, share
         rows += [dataclasses.asdict(row) for row in found]
     return {
         "settings": vars(arguments),
         "host": describe_device(device) | {"copy_bytes_per_s": copy_bandwidth(device)},
         "step_ms": steps,
+        "skipped": skipped,
         "rows": rows,
     }
 
@@ -93,17 +94,17 @@ def measure(
     variant: Variant,
     arguments: argparse.Namespace,
     launcher: Launcher | None,
-) -> tuple[float, list[CallRow]]:
-    """Milliseconds of a step (median), and its calls by name, those that take most first."""
+) -> tuple[float, float, list[CallRow]]:
+    """Milliseconds of a step (median), the share of layers skipped, and calls by name, those that take most first."""
     together = RowsDecide.TOGETHER if arguments.rows > 1 else RowsDecide.ALONE
     tokens = arguments.prompt_tokens + 2 * arguments.steps + 1
+    logit_L = logits_of_share(model.config, variant)
+    if logit_L is not None:
+        hold_gates(model, logit_L)  # before the decoder copies them
     decoder = GraphDecoder(
         model, arguments.rows, tokens, gates=variant.mode, launcher=launcher,
         rows_decide=RowsDecide.ALONE if variant.mode is GateMode.DENSE else together,
     )  # fmt: skip
-    logit_L = logits_of_share(model.config, variant)
-    if logit_L is not None:
-        hold_gates(model, logit_L)
     draw = torch.Generator().manual_seed(0)
     shape = (arguments.rows, arguments.prompt_tokens)
     decoder.prefill(
@@ -119,7 +120,8 @@ def measure(
             decoder.program.cycles.cpu().numpy()
         )  # waits, so that steps do not follow closely
     step_ms = statistics.median(clock.milliseconds())
-    return step_ms, _by_name(decoder, variant.name, np.diff(np.stack(cycles)), step_ms)
+    skipped = float(decoder.trace().skip_LBT.float().mean())
+    return step_ms, skipped, _by_name(decoder, variant.name, np.diff(np.stack(cycles)), step_ms)
 
 
 def _by_name(
@@ -148,7 +150,10 @@ def describe(result: dict[str, Any]) -> str:
         f"{settings['geometry'] or settings['model']}, preset {settings['preset']}, {settings['dtype']}, "
         f"{settings['rows']} row(s) behind {settings['prompt_tokens']} tokens, medians of {settings['steps']} steps; "
         f"{host['device']}, torch {host['torch']}, copy bandwidth {host['copy_bytes_per_s'] / 1e12:.3g} TB/s; "
-        + ", ".join(f"{name}: {ms:.3f} ms a step" for name, ms in result["step_ms"].items()),
+        + ", ".join(
+            f"{name}: {ms:.3f} ms a step, {result['skipped'][name]:.1%} of layers skipped"
+            for name, ms in result["step_ms"].items()
+        ),
         "",
         "| variant | call | of a step | median µs | min | max | all, µs | weights, MB |",
         "|---|---|---|---|---|---|---|---|",

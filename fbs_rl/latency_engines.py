@@ -198,14 +198,14 @@ class _Graph:
         launcher: Launcher | None,
     ) -> None:  # fmt: skip
         together = load.rows > 1 and variant.mode is GateMode.THRESHOLD
+        prepare()  # the decoder keeps copies of gates, so nobody's holding them later reaches it
         self.decoder = GraphDecoder(
             model, load.rows, load.prompt_tokens + load.new_tokens, gates=variant.mode,
             rows_decide=RowsDecide.TOGETHER if together else RowsDecide.ALONE, launcher=launcher,
         )  # fmt: skip
-        self.variant, self.prepare, self.config = variant, prepare, model.config
+        self.variant, self.config = variant, model.config
 
     def prefill(self, prompt_BT: Tensor, forced_BT: Tensor) -> None:
-        self.prepare()
         seed = 0 if self.variant.mode is GateMode.SAMPLE else None
         self.decoder.prefill(prompt_BT, tau=bar_of(self.variant), gate_seed=seed)
         self.decoder.force(forced_BT)

@@ -12,11 +12,13 @@ import torch
 
 from fbs_rl.bench import main
 from fbs_rl.bench_latency import describe
+from fbs_rl.decode.graph_decoder import kernel_shape
 from fbs_rl.latency_engines import StepTrace, Variant, Workload, hold_gates, make_engine
 from fbs_rl.latency_figures import bootstrap_interval, entropy_slices
 from fbs_rl.latency_protocol import Sample, run_request, step_entropies
 from fbs_rl.model_geometry import random_backbone
 from fbs_rl.types import GateMode
+from tests.decode_launchers import PLACES, make_launcher
 from tests.tiny import VOCAB, backbone, fresh, lively
 
 SMALL = ["paw_rank=32", "paw_vocab_size=50", "paw_shortlist=8", "chunk_cache=6"]
@@ -171,6 +173,23 @@ def test_an_engine_feeds_what_is_forced(mode: GateMode, share: float | None) -> 
     prob = wanted.logits[:, 8:].double().softmax(-1)
     entropy_T = -(prob * prob.log()).sum(-1).mean(0)
     np.testing.assert_allclose(step_entropies(engine, ids[:, :8], ids[:, 8:]), entropy_T, rtol=1e-4)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_graph_engines_of_one_model_skip_what_each_was_told(place: str) -> None:
+    """The second is made, and used, before the first runs: what it tells the model's gates must not reach the first."""
+    model, load = fresh("qwen3").to("cuda" if place == "cuda" else "cpu"), Workload(1, 8, 3)
+    launcher = make_launcher(place, kernel_shape(model, 1))
+    variants = [Variant("it", "graph", True, GateMode.THRESHOLD, share) for share in (0.5, 0.0)]
+    engines = [make_engine(variant, model, None, load, launcher) for variant in variants]
+    ids = torch.randint(0, VOCAB, (1, 11), generator=torch.Generator().manual_seed(2))
+    shares = []
+    for engine in (*reversed(engines), engines[0]):
+        run_request(engine, ids[:, :8], ids[:, 8:])
+        skip_LBT = engine.trace().skip_LBT
+        assert skip_LBT is not None
+        shares.append(float(skip_LBT.float().mean()))
+    assert shares == [0.0, 0.5, 0.5]
 
 
 def test_held_gates_answer_what_they_are_told() -> None:

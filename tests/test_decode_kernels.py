@@ -112,6 +112,28 @@ def test_nobody_runs_but_some_outputs_are_kept(bench: Bench) -> None:
     assert bool(out[:, :32].isnan().all())
 
 
+@pytest.mark.parametrize("flags", [(0, 0, 0), (0, 1, 0), (1, 1, 1)])
+def test_queries_of_the_input_that_keys_values_and_front_left(
+    bench: Bench, flags: tuple[int, ...]
+) -> None:
+    """The front reads the input without its weight; queries come only where a row runs."""
+    query, key, value, front = (bench.normal(n, 48) for n in (32, 16, 16, 24))
+    x, norm, out = bench.normal(ROWS, 48), bench.normal(48), bench.blank(ROWS, 88)
+    asked = bench.product_call(
+        "product_entry", [key, value, front], input=x, norm=norm, out=out[:, 32:], out_stride=88
+    )
+    asked.room_bytes += ROWS * 48 * x.element_size()
+    rest = bench.product_call("product_query", [query], bench.integers(*flags), out=out, out_stride=88)  # fmt: skip
+    bench.run(asked, rest)
+    wide = normed(x) * norm.double()
+    assert_close(out[:, 32:64], wide @ torch.cat((key, value)).double().T, bench.dtype)
+    assert_close(out[:, 64:], normed(x) @ front.double().T, bench.dtype)
+    if all(flags):
+        assert bool(out[:, :32].isnan().all())
+    else:
+        assert_close(out[:, :32], wide @ query.double().T, bench.dtype)
+
+
 def test_the_best_logit_of_each_block(bench: Bench) -> None:
     weight, x, norm = bench.normal(97, 48), bench.normal(ROWS, 48), bench.normal(48)
     blocks = bench.launcher.multiprocessors
@@ -134,7 +156,7 @@ def test_the_best_logit_of_each_block(bench: Bench) -> None:
 
 
 def attention_case(
-    bench: Bench, position: int, splits: int, noop: bool, flags: list[int]
+    bench: Bench, position: int, splits: int, noop: bool, flags: list[int], name: str = "attention"
 ) -> tuple[Tensor, Tensor, Any]:
     """(found, wanted, the buffers) of three rows that attend to `position` entries and their own."""
     heads, capacity = 2, 200
@@ -152,10 +174,11 @@ def attention_case(
     before = keys.clone(), values.clone()
     bench.run(
         make_call(
-            "attention",
+            name,
             32 * 1024,
             splits=splits,
             qkv=qkv,
+            qkv_stride=qkv.stride(0),
             keys=keys,
             values=values,
             cos=cos,
@@ -217,6 +240,16 @@ def test_attention_of_rows_that_skip(bench: Bench, noop: bool) -> None:
         assert_close(keys[1, :, 37], every[0][1, :, 37], bench.dtype)
 
 
+def test_the_entry_that_a_token_leaves_which_skips(bench: Bench) -> None:
+    found, _, (keys, values, every, _, before) = attention_case(
+        bench, 37, 2, False, [1, 1, 1], "leave_entry"
+    )
+    assert bool(found.isnan().all())
+    assert_close(keys[:, :, 37], every[0][:, :, 37], bench.dtype)
+    assert_close(values[:, :, 37], every[1][:, :, 37], bench.dtype)
+    assert torch.equal(keys[:, :, 38:], before[0][:, :, 38:])
+
+
 @pytest.mark.parametrize(
     ("size", "count", "offers"),
     [(50, 8, 3), (3000, 64, 3), (64, 64, 1), (3000, 3, 30), (3000, 64, 100)],
@@ -260,11 +293,8 @@ def test_noise_is_that_of_the_model(bench: Bench) -> None:
             front=zero,
             front_stride=8,
             reduce_width=width,
-            reduce_norm=zero,
-            hidden=zero,
-            hidden_bias=zero,
-            out=zero,
-            out_bias=zero,
+            weights=zero,
+            weight_count=len(zero),
             hidden_width=2,
             clip=6.0,
             eps=1e-6,

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fbs_rl.decode.kernel_arguments import kinds, make_call
+from fbs_rl.decode.kernel_arguments import Void, kinds, make_call
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.product_plan import ProductPlan
 from fbs_rl.decode.program import WARPS, Program
@@ -51,8 +51,8 @@ def test_weights_of_a_wrong_guess_are_not_used(bench: Bench, skips: bool, kept_f
         (ROWS,), 0.4 if skips else 0.6, device=bench.device
     )  # the gate says one half
     turns = make_call(
-        "decide", 32 * 1024, front=zero, reduce_width=4, reduce_norm=zero, hidden=zero, hidden_bias=zero, out=zero,
-        out_bias=zero, hidden_width=2, clip=6.0, eps=1e-6, motion_B2=torch.zeros(ROWS, 2, device=bench.device),
+        "decide", 32 * 1024, front=zero, reduce_width=4, weights=zero, weight_count=len(zero),
+        hidden_width=2, clip=6.0, eps=1e-6, motion_B2=torch.zeros(ROWS, 2, device=bench.device),
         tau_B=tau_B, seed_B2=bench.integers(*[0] * 2 * ROWS), position_B=bench.integers(*[0] * ROWS), members=1,
         free_mask=1, skip_LB=skip_B, layers=1, step=bench.integers(0), trace_steps=0,
     )  # fmt: skip
@@ -74,6 +74,35 @@ def test_weights_of_a_wrong_guess_are_not_used(bench: Bench, skips: bool, kept_f
         assert_close(outs[1][:, made], wanted[:, made], bench.dtype)
     assert torch.equal(outs[1].isnan().any(0).cpu(), ~kept)
     assert_close(outs[2], x.double() @ last.double().T, bench.dtype)
+
+
+@pytest.mark.parametrize("flags", [(0, 0, 0), (1, 0, 1), (1, 1, 1)])
+def test_calls_that_are_void_for_the_same_reason_are_passed_over(
+    bench: Bench, flags: tuple[int, ...]
+) -> None:
+    """Two where a row runs, then one where all skip; weights of what follows come in front of all three."""
+    skip_B, runs = bench.integers(*flags), 0 in flags
+    weights = [bench.normal(24, 24) for _ in range(6)]
+    x, out = bench.normal(ROWS, 24), [bench.blank(ROWS, 24) for _ in range(6)]
+    sources = [x, x, out[0], out[2], out[1], x]
+    calls = [
+        bench.product_call("product_plain", [weight], input=source, out=target, out_stride=24)
+        for weight, source, target in zip(weights, sources, out, strict=True)
+    ]
+    calls[1].quiet_flags, calls[1].quiet_where = skip_B, Void.SOME_ROW_RUNS
+    for call in calls[2:5]:
+        call.void_flags = skip_B
+    calls[4].void_where = Void.SOME_ROW_RUNS
+    program = Program.of(calls, bench.shape, bench.launcher.multiprocessors, bench.device)
+    for _ in range(2):
+        for target in out:
+            target.fill_(math.nan)
+        bench.launcher.run(program, 0, 6)
+        for place in [0, 1, 2, 3, 5] if runs else [0, 1, 4, 5]:
+            wanted = sources[place].double() @ weights[place].double().T
+            assert_close(out[place], wanted, bench.dtype)
+        for place in [4] if runs else [2, 3]:
+            assert bool(out[place].isnan().all())
 
 
 def test_a_program_without_room_is_refused() -> None:

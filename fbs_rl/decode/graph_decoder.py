@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fbs_rl.decode.cuda_launcher import CudaLauncher, Launcher
 from fbs_rl.decode.front_rows import FrontRows
+from fbs_rl.decode.gate_rows import GateRows
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.layer_calls import write_advance, write_step
 from fbs_rl.decode.program import Program
@@ -115,6 +116,8 @@ class GraphDecoder:
         for layer in self.model.model.fbs_layers():
             if layer.index in self.writer.fronts:
                 self.writer.fronts[layer.index].copy(self.model, layer, gates_act)
+            if layer.skip_gate is not None and layer.index in self.writer.gate_rows:
+                self.writer.gate_rows[layer.index].copy(layer.skip_gate)
         if self.writer.previews is not None:
             self.writer.previews.copy_weights(self.model)
 
@@ -308,8 +311,10 @@ def _make_writer(
     gates_act = mode is not GateMode.DENSE
     free = frozenset(range(config.layer_count)) - config.forced_layers(never_skip)
     free = free if gates_act else frozenset()
-    fronts = {}
+    fronts, gate_rows = {}, {}
     for layer in model.model.fbs_layers():
+        if free and layer.skip_gate is not None:
+            gate_rows[layer.index] = GateRows.of(layer.skip_gate)
         front = FrontRows.of(model, layer, gates_act=bool(free))
         if front is not None:
             fronts[layer.index] = front
@@ -322,6 +327,7 @@ def _make_writer(
         sampled=mode is GateMode.SAMPLE,
         together=rows_decide is RowsDecide.TOGETHER,
         fronts=fronts,
+        gate_rows=gate_rows,
         tokens=TokenBuffers.empty(room, config, launcher.multiprocessors),
         layers=LayerBuffers.empty(room, model, widest, launcher.multiprocessors),
         gates=GateBuffers.empty(room, config),

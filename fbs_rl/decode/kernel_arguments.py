@@ -38,10 +38,12 @@ class Void(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a call of one name is: its number in the source, its arguments, what a product writes ("" for others)."""
+    """What a call of one name is: its number in the source, its arguments, what a product reads and writes ("" for
+    others)."""
 
     number: int
     arguments: type[ctypes.Structure]
+    reads: str
     writes: str
 
 
@@ -51,8 +53,9 @@ class Call:
 
     room_bytes: shared memory that it works in. quiet: nobody waits for it, because every block makes all of it by
     itself, or because what it leaves is read behind another call that all wait for; with quiet_flags, only where all
-    rows skip. void_flags, void_where: flags of who skips, or of which chunks close, and when there is nothing to do.
-    held: tensors that its arguments point into.
+    rows skip, or, by quiet_where, where one runs. void_flags, void_where: flags of who skips, or of which chunks close,
+    and when there is nothing to do. sets_flags: whether the call behind it is void shows only afterwards. held: tensors
+    that its arguments point into.
     """
 
     name: str
@@ -61,8 +64,10 @@ class Call:
     room_bytes: int = 0
     quiet: bool = False
     quiet_flags: Tensor | None = None
+    quiet_where: Void = Void.NOBODY_RUNS
     void_flags: Tensor | None = None
     void_where: Void = Void.NOBODY_RUNS
+    sets_flags: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -86,8 +91,8 @@ def structures() -> Mapping[str, type[ctypes.Structure]]:
 def kinds() -> Mapping[str, Kind]:
     """Every call by its name."""
     text, known = kernel_text(), structures()
-    found = {name: Kind(int(n), known[kind], "") for n, name, kind in _CASE.findall(text)}
-    products = {name: Kind(int(n), known["Product"], out) for n, name, _, out in _PRODUCT.findall(text)}  # fmt: skip
+    found = {name: Kind(int(n), known[kind], "", "") for n, name, kind in _CASE.findall(text)}
+    products = {name: Kind(int(n), known["Product"], *ends) for n, name, *ends in _PRODUCT.findall(text)}  # fmt: skip
     return found | products
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from fbs_rl.decode.kernel_arguments import Void
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.module_calls import (
+    asks_with_entry,
+    skip_path,
     write_boundary,
     write_chunk_end,
     write_chunk_read,
@@ -19,7 +21,6 @@ from fbs_rl.decode.module_calls import (
 )
 from fbs_rl.decode.step_writer import StepWriter
 from fbs_rl.model.layer import FBSLayer
-from fbs_rl.model.skip_path import SkipAdapter
 from fbs_rl.types import KVPolicy
 
 _ATTENTION_PARTS = 16  # MOST_PARTS of kernels/attention.cu
@@ -46,9 +47,11 @@ def _write_embedding(writer: StepWriter) -> None:
 def _write_modules(writer: StepWriter, layer: FBSLayer) -> None:
     """Everything that FBS does before the layer, up to h̃."""
     front, index = writer.fronts.get(layer.index), layer.index
-    if front is not None:
+    if asks_with_entry(writer, layer):
+        _write_entry(writer, layer)
+    elif front is not None:
         writer.product(
-            "product_front", [front.weight_Fd], writer.entering(index), writer.layers.front_BF,
+            "product_front", [front.weight_Fd], writer.entering(index), writer.layers.front(index),
             bias_N=front.bias_F, scale_N=front.scale_F,
         )  # fmt: skip
     if layer.paw is not None:
@@ -68,7 +71,7 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
     buffers, skip_B, state = writer.layers, writer.skip_B(layer.index), writer.entering(layer.index)
     adds = layer.paw is not None or layer.chunk_reader is not None
     injected = buffers.injected_Bd if adds else state
-    if skip_B is not None:
+    if skip_B is not None and layer.skip_gate is None:
         _write_skip_end(writer, layer, skip_B)
     _write_attention(writer, layer, injected, skip_B)
     attention, mlp = layer.self_attn, cast(Any, layer.mlp)
@@ -82,61 +85,96 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
     ).void_flags = skip_B  # fmt: skip
     last = writer.product(
         "product_down", [mlp.down_proj.weight], buffers.active_BI, writer.entering(layer.index + 1),
-        residual_Bd=buffers.middle_Bd, path=_skip_path(writer, layer), skip_B=skip_B,
+        residual_Bd=buffers.middle_Bd, path=skip_path(writer, layer), skip_B=skip_B,
     )  # fmt: skip
     last.void_flags = skip_B
-
-
-def _skip_path(writer: StepWriter, layer: FBSLayer) -> dict[str, Any]:
-    state, path = writer.entering(layer.index), layer.skip_path
-    told = {"state_Bd": state, "width": state.shape[1]}
-    if layer.index not in writer.free or not isinstance(path, SkipAdapter):
-        return told
-    return told | {
-        "up": path.up.weight, "rank": path.up.in_features,
-        "down": writer.front(layer.index, "adapter"), "down_stride": writer.layers.front_BF.stride(0),
-    }  # fmt: skip
+    if asks_with_entry(writer, layer):
+        _write_left_entry(writer, layer, skip_B)
 
 
 def _write_skip_end(writer: StepWriter, layer: FBSLayer, skip_B: Tensor) -> None:
     """The next layer's h where all rows skip this one; of keys and values, which may follow, it is not part."""
-    call = writer.call("skip_end", path=_skip_path(writer, layer), out_Bd=writer.entering(layer.index + 1))  # fmt: skip
+    call = writer.call("skip_end", path=skip_path(writer, layer), out_Bd=writer.entering(layer.index + 1))  # fmt: skip
     call.void_flags, call.void_where = skip_B, Void.SOME_ROW_RUNS
     # Keys and values of the token come behind it, for which all wait; without them nothing does.
     call.quiet = writer.model.config.kv_on_skip == KVPolicy.PROJECT
 
 
+def _write_entry(writer: StepWriter, layer: FBSLayer) -> None:
+    """Keys and values, and what the gate asks, of the same state: the queries wait for the decision."""
+    attention, buffers, front = layer.self_attn, writer.layers, writer.fronts[layer.index]
+    queries, bias = attention.q_proj.out_features, buffers.qkv_bias.get(layer.index)
+    writer.product(
+        "product_entry", [attention.k_proj.weight, attention.v_proj.weight, front.weight_Fd],
+        writer.entering(layer.index), buffers.side_BX[layer.index % 2][:, queries:],
+        norm=layer.input_layernorm.weight, bias_N=None if bias is None else bias[queries:],
+    )  # fmt: skip
+
+
 def _write_attention(
+    writer: StepWriter, layer: FBSLayer, injected: Tensor, skip_B: Tensor | None
+) -> None:
+    projects = writer.model.config.kv_on_skip == KVPolicy.PROJECT
+    early = asks_with_entry(writer, layer)
+    void = skip_B if early or not projects else None
+    if early:
+        _write_queries(writer, layer, skip_B)
+    else:
+        _write_qkv(writer, layer, injected, skip_B)
+    writer.calls[-1].void_flags = void
+    told = _attention_arguments(writer, layer, skip_B)
+    mixed = writer.call("attention", _attention_bytes(writer.shape), **told)
+    if void is None and skip_B is not None:
+        # All that is left where all rows skip is the token's entry, which this step does not read.
+        mixed.quiet_flags = skip_B
+    mixed.void_flags = void
+
+
+def _write_queries(writer: StepWriter, layer: FBSLayer, skip_B: Tensor | None) -> None:
+    """Of the input that product_entry left in the room."""
+    query, buffers = layer.self_attn.q_proj, writer.layers
+    writer.product(
+        "product_query", [query.weight], None, buffers.qkv(layer.index),
+        skip_B=skip_B, bias_N=buffers.qkv_bias.get(layer.index),
+    )  # fmt: skip
+
+
+def _write_qkv(
     writer: StepWriter, layer: FBSLayer, injected: Tensor, skip_B: Tensor | None
 ) -> None:
     buffers, attention = writer.layers, layer.self_attn
     projects = writer.model.config.kv_on_skip == KVPolicy.PROJECT
-    void = None if projects else skip_B
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-    first = writer.product(
-        "product_qkv", [part.weight for part in parts], injected, buffers.qkv_BX,
+    writer.product(
+        "product_qkv", [part.weight for part in parts], injected, buffers.qkv(layer.index),
         norm=layer.input_layernorm.weight, skip_B=skip_B, bias_N=buffers.qkv_bias.get(layer.index),
         kept_from=attention.q_proj.out_features if projects else -1,
     )  # fmt: skip
-    first.void_flags = void
-    keys = buffers.keys[layer.index]
+
+
+def _write_left_entry(writer: StepWriter, layer: FBSLayer, skip_B: Tensor | None) -> None:
+    """The token's entry where attention is passed over. It waits for nobody, and nobody for it."""
+    told = _attention_arguments(writer, layer, skip_B)
+    call = writer.call("leave_entry", _attention_bytes(writer.shape), **told)
+    call.void_flags, call.void_where, call.quiet = skip_B, Void.SOME_ROW_RUNS, True
+
+
+def _attention_arguments(
+    writer: StepWriter, layer: FBSLayer, skip_B: Tensor | None
+) -> dict[str, Any]:
+    buffers, attention, config = writer.layers, layer.self_attn, writer.model.config
+    keys, lengths, qkv = buffers.keys[layer.index], buffers.length_LBG, buffers.qkv(layer.index)
     heads, capacity = keys.shape[1:3]
-    lengths = None if buffers.length_LBG is None else buffers.length_LBG[layer.index]
-    mixed = writer.call(
-        "attention", _attention_bytes(writer.shape),
-            qkv=buffers.qkv_BX, keys=keys, values=buffers.values[layer.index], cos=buffers.cos_SD,
-            sin=buffers.sin_SD, query_norm=_head_norm(attention, "q_norm"),
-            key_norm=_head_norm(attention, "k_norm"), position_B=writer.tokens.position_B,
-            length_BG=lengths, skip_B=skip_B, part_sums=buffers.part_sums, part_state=buffers.part_state,
-            arrived=buffers.arrived, out=buffers.attended_BX, key_heads=heads, splits=buffers.splits,
-            capacity=capacity, leaves_entry=int(projects), scale=attention.scaling,
-            eps=writer.model.config.rms_norm_eps,
-    )  # fmt: skip
-    if projects:
-        mixed.quiet_flags = (
-            skip_B  # all that is left then is the token's entry, which this step does not read
-        )
-    mixed.void_flags = void
+    return {
+        "qkv": qkv, "qkv_stride": qkv.stride(0), "keys": keys, "values": buffers.values[layer.index],
+        "cos": buffers.cos_SD, "sin": buffers.sin_SD, "query_norm": _head_norm(attention, "q_norm"),
+        "key_norm": _head_norm(attention, "k_norm"), "position_B": writer.tokens.position_B,
+        "length_BG": None if lengths is None else lengths[layer.index], "skip_B": skip_B,
+        "part_sums": buffers.part_sums, "part_state": buffers.part_state, "arrived": buffers.arrived,
+        "out": buffers.attended_BX, "key_heads": heads, "splits": buffers.splits, "capacity": capacity,
+        "leaves_entry": int(config.kv_on_skip == KVPolicy.PROJECT), "scale": attention.scaling,
+        "eps": config.rms_norm_eps,
+    }  # fmt: skip
 
 
 def _attention_bytes(shape: KernelShape) -> int:

@@ -12,14 +12,14 @@ from fbs_rl.decode.program import WARPS
 from fbs_rl.decode.step_buffers import MOST_FOUND
 from fbs_rl.decode.step_writer import StepWriter
 from fbs_rl.model.layer import FBSLayer
-from fbs_rl.model.skip_gate import SkipGate
+from fbs_rl.model.skip_path import SkipAdapter
 from fbs_rl.types import Compression, GateInputs, KVPolicy
 
 _SHORTLIST_BYTES = 4 * (
     2 * MOST_FOUND + 256
 )  # keys, places, and a flag a thread: kernels/preview.cu
 _MOST_HORIZONS = 64
-_MOST_FEATURES = 512  # of kernels/gate.cu
+_LINE = 512 + 256  # of kernels/gate.cu
 
 
 def write_look(writer: StepWriter, layer: FBSLayer) -> None:
@@ -33,25 +33,25 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
     assert paw is not None and head is not None and buffers is not None
     rank, horizons = head.rank, head.horizons
     first = layer.index == config.preview_layers[0]
-    maps = [head.horizon_maps.flatten(0, 1)] + [buffers.mean_map_RR] * first
-    writer.product("product_plain", maps, writer.front(layer.index, "query"), buffers.query_BX)
+    front, place = writer.layers.front(layer.index), writer.fronts[layer.index].place
     if first:
-        mean = buffers.query_BX[:, horizons * rank :]
-        writer.product(
-            "product_scores", [buffers.table_NR], mean, None, out_stride=len(buffers.table_NR),
-            prior_N=buffers.prior_N, wide_out=buffers.score_BN, best=buffers.best,
+        count, blocks = len(buffers.table_NR), writer.multiprocessors
+        writer.call(
+            "scores", 4 * (2 * rank + -(-count // blocks)), front=front, front_stride=front.stride(0),
+            query_at=place["query"], mean_map_RR=buffers.mean_map_RR, table_NR=buffers.table_NR,
+            prior_N=buffers.prior_N, count=count, rank=rank, score_BN=buffers.score_BN, best=buffers.best,
         )  # fmt: skip
         writer.call(
-            "shortlist", _SHORTLIST_BYTES, score_BN=buffers.score_BN, count=buffers.score_BN.shape[1],
+            "shortlist", _SHORTLIST_BYTES, score_BN=buffers.score_BN, count=count,
             wanted=head.shortlist_size, index_BM=buffers.index_BM, best=buffers.best,
-            offers=writer.calls[-1].arguments.weights.blocks, key_BF=buffers.key_BF, place_BF=buffers.place_BF,
+            offers=blocks, key_BF=buffers.key_BF, place_BF=buffers.place_BF,
             found_B=buffers.found_B, arrived_B=buffers.arrived_B,
         )  # fmt: skip
     dynamic = paw.fixed_window is None
     window: dict[str, Any] = {"fixed_window": float(paw.fixed_window or 0)}
     if dynamic:
         window = {
-            "window_at": writer.fronts[layer.index].place["window"],
+            "window_at": place["window"],
             "window_hidden": paw.window_in.out_features,
             "window_out": paw.window_out.weight,
             "window_bias": paw.window_out.bias,
@@ -61,11 +61,11 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
     count = head.shortlist_size
     # LookRoom of kernels/preview.cu; taps lie an odd number of words apart.
     taps = rank * (12 * buffers.table_NR.element_size() + 1) if mixes else 0
-    floats = count * (rank + 4) + 3 * (2 * rank + count) + _MOST_HORIZONS + taps
+    floats = count * (rank + 4) + rank + 3 * (2 * rank + count) + _MOST_HORIZONS + taps
     writer.call(
-        "look", 4 * floats, front=writer.layers.front_BF,
-        front_stride=writer.layers.front_BF.stride(0), hard=int(paw.hard), temperature=config.paw_temperature,
-        query_BKR=buffers.query_BX, query_stride=buffers.query_BX.stride(0), index_BM=buffers.index_BM,
+        "look", 4 * floats, front=front, front_stride=front.stride(0), hard=int(paw.hard),
+        temperature=config.paw_temperature,
+        query_at=place["query"], maps_KRR=head.horizon_maps, index_BM=buffers.index_BM,
         table_NR=buffers.table_NR, early=int(not first), horizons=horizons, candidates=count, rank=rank,
         mix=paw.mix.weight if mixes else None, mix_bias=paw.mix.bias if mixes else None,
         pooled_BR=buffers.pooled_BR, entropy_B=buffers.entropy_B, mixed_BKR=buffers.mixed_BKR,
@@ -104,40 +104,74 @@ def write_decision(writer: StepWriter, layer: FBSLayer) -> None:
         reads |= {
             "reduce_at": writer.fronts[index].place["reduce"],
             "reduce_width": gate.reduce.out_features,
-            "reduce_norm": gate.reduce_norm.weight,
             "eps": gate.reduce_norm.eps,
         }
     if gate.reads_preview:
         assert writer.previews is not None
         reads |= {
-            "preview": gate.preview.weight,
             "preview_width": gate.preview.out_features,
             "pooled_width": gate.preview.in_features,
             "pooled_B": writer.previews.pooled_BR,
             "entropy_B": writer.previews.entropy_B,
+            "fresh": int(layer.paw is not None),
         }
     if index > 0 and config.gate_inputs != GateInputs.PREVIEW:
         reads |= _moved(writer, index - 1)
-    writer.call(
-        "decide", gate_bytes(gate), front=buffers.front_BF, front_stride=buffers.front_BF.stride(0),
-        hidden=gate.hidden.weight, hidden_bias=gate.hidden.bias, out=gate.out.weight, out_bias=gate.out.bias,
-        hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
+    if index in writer.free:
+        reads |= {"path": skip_path(writer, layer), "next_Bd": writer.entering(index + 1)}
+    later = next((rows for place, rows in writer.gate_rows.items() if place > index), None)
+    if later is not None:
+        reads |= {"later": later.weight_N, "later_bytes": later.weight_N.nbytes}
+    front, weights = buffers.front(index), writer.gate_rows[index].weight_N
+    held = writer.held_bytes(config.hidden_size) if asks_with_entry(writer, layer) else 0
+    call = writer.call(
+        "decide", held + gate_bytes(writer, layer), front=front, front_stride=front.stride(0), weights=weights,
+        weight_count=len(weights), hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
         sampled=int(writer.sampled), consensus=int(writer.together), tau_B=gates.tau_B, seed_B2=gates.seed_B2,
         position_B=writer.tokens.position_B, leader=index, members=end - index, free_mask=mask,
         skip_LB=gates.skip_LB, layers=config.layer_count, step=writer.tokens.step,
-        trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, **reads,
-    ).quiet = True  # fmt: skip
+        trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, held_bytes=held, **reads,
+    )  # fmt: skip
+    call.quiet = call.sets_flags = True
+    if index in writer.free and (held or config.kv_on_skip == KVPolicy.NOOP):
+        # Where all rows skip, nothing follows that others would wait for.
+        call.quiet_flags, call.quiet_where = writer.skip_B(index), Void.SOME_ROW_RUNS
 
 
-def gate_bytes(gate: SkipGate) -> int:
-    """Of GateRoom in kernels/gate.cu: features and previews of eight rows, and all weights but the front's."""
-    pooled = gate.preview.in_features if gate.reads_preview else 0
-    small = (weight.numel() for name, weight in gate.named_parameters() if name != "reduce.weight")
-    numbers = sum(-(-count // 8) * 8 for count in small)
-    return (
-        WARPS * 4 * (_MOST_FEATURES + -(-pooled // 4) * 4)
-        + numbers * gate.hidden.weight.element_size()
+def asks_with_entry(writer: StepWriter, layer: FBSLayer) -> bool:
+    """Whether keys and values are made with the front, before the gate decides: they are needed either way, and the
+    same, where nothing is injected."""
+    plain = layer.paw is None and layer.chunk_reader is None
+    asks = (
+        layer.skip_gate is not None and layer.index in writer.free and layer.index in writer.fronts
     )
+    return plain and asks and writer.model.config.kv_on_skip == KVPolicy.PROJECT
+
+
+def skip_path(writer: StepWriter, layer: FBSLayer) -> dict[str, Any]:
+    """SkipPath of kernels/products.cu."""
+    state, path = writer.entering(layer.index), layer.skip_path
+    told = {"state_Bd": state, "width": state.shape[1]}
+    if layer.index not in writer.free or not isinstance(path, SkipAdapter):
+        return told
+    down = writer.front(layer.index, "adapter")
+    return told | {
+        "up": path.up.weight, "rank": path.up.in_features, "down": down, "down_stride": down.stride(0),
+    }  # fmt: skip
+
+
+def gate_bytes(writer: StepWriter, layer: FBSLayer) -> int:
+    """Of GateRoom in kernels/gate.cu."""
+    gate, rows, path = layer.skip_gate, writer.shape.rows, layer.skip_path
+    assert gate is not None
+    pooled = gate.preview.in_features if gate.reads_preview else 0
+    rank = path.up.in_features if isinstance(path, SkipAdapter) else 0
+    floats = WARPS * _LINE + -(-rows * (2 * gate.hidden.out_features + rank) // 4) * 4
+    columns = -(-writer.model.config.hidden_size // writer.multiprocessors)
+    numbers = (
+        -(-rows * pooled // 8) * 8 + len(writer.gate_rows[layer.index].weight_N) + columns * rank
+    )
+    return 4 * floats + numbers * (16 // writer.shape.lane_numbers)
 
 
 def _moved(writer: StepWriter, layer: int) -> dict[str, Any]:
@@ -161,7 +195,7 @@ def write_move(writer: StepWriter, layer: FBSLayer) -> None:
 
 def write_boundary(writer: StepWriter, layer: FBSLayer) -> None:
     """Where chunks close."""
-    chunks, front = writer.chunks, writer.layers.front_BF
+    chunks, front = writer.chunks, writer.layers.front(layer.index)
     assert chunks is not None
     writer.call(
         "boundary", front=front, front_stride=front.stride(0),
@@ -178,12 +212,13 @@ def write_chunk_read(writer: StepWriter, layer: FBSLayer) -> None:
     reader, chunks, buffers = layer.chunk_reader, writer.chunks, writer.layers
     assert reader is not None and chunks is not None
     keys, values, _ = chunks.rings[layer.index]
+    front = buffers.front(layer.index)
     width = reader.key.out_features
     skip_B = writer.skip_B(layer.index)
     void = _read_by_nobody(writer, layer)
     writer.call(
-        "chunk_read", 4 * (2 + 2 * reader.cap + width // reader.heads + 2048), front=buffers.front_BF,
-        front_stride=buffers.front_BF.stride(0), query_at=writer.fronts[layer.index].place["chunk_query"],
+        "chunk_read", 4 * (2 + 2 * reader.cap + width // reader.heads + 2048), front=front,
+        front_stride=front.stride(0), query_at=writer.fronts[layer.index].place["chunk_query"],
         null_key=reader.null_key, null_value=reader.null_value, keys=keys, values=values,
         bias_HC=reader.distance_bias, bucket_C=chunks.bucket_C, heads=reader.heads, width=width,
         buckets=reader.buckets, ring_length=reader.cap, scale=1 / math.sqrt(width // reader.heads),
@@ -215,4 +250,4 @@ def write_chunk_end(writer: StepWriter, layer: FBSLayer) -> None:
     writer.call(
         "chunk_extend", state_Bd=state, width=state.shape[1],
         eps=writer.model.config.rms_norm_eps, kept_B=chunks.kept_B, sum_Bd=sum_Bd,
-    )  # fmt: skip
+    ).quiet = True  # fmt: skip  # the next step reads it

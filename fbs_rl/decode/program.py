@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from fbs_rl.decode.kernel_arguments import Call, structures
+from fbs_rl.decode.kernel_arguments import Call, Void, structures
 from fbs_rl.decode.kernel_source import KernelShape
 
 WARPS = 8  # of a block that work on its calls, as in kernels/common.cu
@@ -31,8 +31,14 @@ class _Header(ctypes.Structure):
         ("quiet", ctypes.c_int),
         ("product", ctypes.c_int),
         ("void_where", ctypes.c_int),
+        ("past_call", ctypes.c_int),
+        ("past_product", ctypes.c_int),
+        ("next_where", ctypes.c_int),
+        ("next_call", ctypes.c_int),
+        ("next_product", ctypes.c_int),
         ("quiet_B", ctypes.c_void_p),
         ("void_B", ctypes.c_void_p),
+        ("next_B", ctypes.c_void_p),
     )
 
 
@@ -95,19 +101,45 @@ def _bytes_on(device: torch.device, records: Sequence[bytes]) -> Tensor:
 
 
 def _records(calls: Sequence[Call]) -> list[bytes]:
-    numbers = count()
-    return [_record(call, next(numbers) if call.is_product else -1) for call in calls]
+    numbers = list(accumulate((call.is_product for call in calls), initial=0))
+    return [_record(calls, number, numbers) for number in range(len(calls))]
 
 
-def _record(call: Call, product: int) -> bytes:
-    """One call as the device reads it. product: its number among the products, -1 if it is none."""
+def _record(calls: Sequence[Call], number: int, products: Sequence[int]) -> bytes:
+    """One call as the device reads it. products: of every place, the first product from there on."""
+    call, past = calls[number], _past(calls, number)
     header = _Header(
-        kernel=call.kind.number, quiet=2 if call.quiet_flags is not None else int(call.quiet), product=product,
-        void_where=int(call.void_where), quiet_B=_address(call.quiet_flags), void_B=_address(call.void_flags),
+        kernel=call.kind.number, quiet=_quiet(call), product=products[number], void_where=int(call.void_where),
+        past_call=past, past_product=products[past], quiet_B=_address(call.quiet_flags),
+        void_B=_address(call.void_flags),
     )  # fmt: skip
+    behind = calls[number + 1] if number + 1 < len(calls) else None
+    # Of a chunk's end to know costs as much as the call.
+    if behind and not call.sets_flags and behind.void_where is not Void.NO_CHUNK_CLOSES:
+        past = _past(calls, number + 1)
+        header.next_where, header.next_call = int(behind.void_where), past
+        header.next_product, header.next_B = products[past], _address(behind.void_flags)
     head, arguments = bytes(header), bytes(call.arguments)
     assert len(arguments) <= _ARGUMENT_BYTES, call.name
     return head.ljust(-(-len(head) // 16) * 16, b"\0") + arguments.ljust(_ARGUMENT_BYTES, b"\0")
+
+
+def _past(calls: Sequence[Call], number: int) -> int:
+    """The first call behind that is not void for the same reason."""
+    call = calls[number]
+    for place in range(number + 1, len(calls)):
+        other = calls[place]
+        same = _address(other.void_flags) == _address(call.void_flags)
+        if not same or other.void_where != call.void_where:
+            return place
+    return len(calls)
+
+
+def _quiet(call: Call) -> int:
+    """As Call of kernels/program.cu has it."""
+    if call.quiet_flags is None:
+        return int(call.quiet)
+    return 3 if call.quiet_where is Void.SOME_ROW_RUNS else 2
 
 
 def _address(tensor: Tensor | None) -> int | None:

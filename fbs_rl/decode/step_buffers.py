@@ -78,7 +78,8 @@ class TokenBuffers:
 @dataclass(slots=True)
 class LayerBuffers:
     """state: h of a layer, of the one behind and of the one in front, in turns. injected_Bd: h̃. middle_Bd: behind
-    attention.
+    attention. side_BX: queries, keys, values and what the front product makes, in turns: a layer that is skipped
+    leaves its entry while the next one begins. front_at: where the last of these lies.
 
     keys, values: per layer [B, key heads, S, D]. length_LBG: entries, where skipped tokens leave none; else None.
     """
@@ -86,8 +87,8 @@ class LayerBuffers:
     state: tuple[Tensor, Tensor, Tensor]
     injected_Bd: Tensor
     middle_Bd: Tensor
-    front_BF: Tensor
-    qkv_BX: Tensor
+    side_BX: tuple[Tensor, Tensor]
+    front_at: int
     attended_BX: Tensor
     active_BI: Tensor
     keys: list[Tensor]
@@ -107,6 +108,7 @@ class LayerBuffers:
         assert config.head_dim is not None and config.num_key_value_heads is not None
         hidden, groups, size = config.hidden_size, config.num_key_value_heads, config.head_dim
         heads, layers = config.num_attention_heads, config.layer_count
+        front_at = (heads + 2 * groups) * size
         splits = _attention_splits(rows * groups, room.tokens, multiprocessors)
         cache = (rows, groups, room.tokens, size)
         positions = torch.arange(room.tokens, device=room.device).unsqueeze(0)
@@ -120,8 +122,8 @@ class LayerBuffers:
             ),
             injected_Bd=room.numbers(rows, hidden),
             middle_Bd=room.numbers(rows, hidden),
-            front_BF=room.numbers(rows, front),
-            qkv_BX=room.numbers(rows, (heads + 2 * groups) * size),
+            side_BX=(room.numbers(rows, front_at + front), room.numbers(rows, front_at + front)),
+            front_at=front_at,
             attended_BX=room.numbers(rows, heads * size),
             active_BI=room.numbers(rows, config.intermediate_size),
             keys=[room.numbers(*cache) for _ in range(layers)],
@@ -133,16 +135,25 @@ class LayerBuffers:
             part_state=room.floats(rows, groups, splits, heads // groups, 2),
             arrived=room.integers(rows, groups),
             splits=splits,
-            qkv_bias={i: bias for i, bias in _biases(model)},
+            qkv_bias={i: bias for i, bias in _biases(model, front)},
         )
 
+    def qkv(self, layer: int) -> Tensor:
+        """Queries, keys and values of a layer [B, X]."""
+        return self.side_BX[layer % 2][:, : self.front_at]
 
-def _biases(model: FBSForCausalLM) -> Iterator[tuple[int, Tensor]]:
-    """Biases of queries, keys and values behind each other, of the layers that have them."""
+    def front(self, layer: int) -> Tensor:
+        """What a layer's front product makes [B, F]."""
+        return self.side_BX[layer % 2][:, self.front_at :]
+
+
+def _biases(model: FBSForCausalLM, front: int) -> Iterator[tuple[int, Tensor]]:
+    """Biases of queries, keys and values behind each other, then zeros for the front, of the layers that have them."""
     for layer in model.model.fbs_layers():
         parts = [getattr(layer.self_attn, f"{name}_proj").bias for name in "qkv"]
         if parts[0] is not None:
-            yield layer.index, torch.cat([part.detach() for part in parts])
+            none = parts[0].new_zeros(front)
+            yield layer.index, torch.cat([*(part.detach() for part in parts), none])
 
 
 def _attention_splits(heads: int, tokens: int, multiprocessors: int) -> int:
@@ -176,12 +187,11 @@ class GateBuffers:
 
 @dataclass(slots=True)
 class PreviewBuffers:
-    """query_BX: every horizon's query, and the mean one behind them. The rest as in Look and Shortlist of the kernels.
+    """As in Look, Scores and Shortlist of the kernels.
 
     table_NR, mean_map_RR, prior_N: what the preview head's weights determine; copy_weights() follows them.
     """
 
-    query_BX: Tensor
     score_BN: Tensor
     best: Tensor
     key_BF: Tensor
@@ -200,7 +210,6 @@ class PreviewBuffers:
     def empty(cls, room: Room, config: FBSConfig, blocks: int) -> PreviewBuffers:
         rows, rank, size = room.rows, config.paw_rank, config.preview_vocab_size
         return cls(
-            room.numbers(rows, (config.paw_horizon + 1) * rank),
             room.floats(rows, size),
             room.floats(blocks, rows),
             room.integers(rows, MOST_FOUND),

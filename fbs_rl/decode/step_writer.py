@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fbs_rl.decode.front_rows import FrontRows
+from fbs_rl.decode.gate_rows import GateRows
 from fbs_rl.decode.kernel_arguments import Call, kinds, make_call
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.product_plan import ProductPlan
@@ -35,6 +36,7 @@ class StepWriter:
     sampled: bool
     together: bool
     fronts: dict[int, FrontRows]
+    gate_rows: dict[int, GateRows]
     tokens: TokenBuffers
     layers: LayerBuffers
     gates: GateBuffers
@@ -68,7 +70,13 @@ class StepWriter:
         }  # fmt: skip
         norm = values.get("norm")
         room = plan.room_bytes + (0 if norm is None else norm.nbytes)
+        if kinds()[name].reads == "BOTH":
+            room += self.held_bytes(columns)
         return self.call(name, room, weights=matrices, **values)
+
+    def held_bytes(self, columns: int) -> int:
+        """Of all rows' inputs, as a product holds them."""
+        return self.shape.rows * columns * (16 // self.shape.lane_numbers)
 
     def skip_B(self, layer: int) -> Tensor | None:
         """Flags of who skips the layer, None if nobody can."""
@@ -76,7 +84,7 @@ class StepWriter:
 
     def front(self, layer: int, part: str) -> Tensor:
         """[B, ...]: what the layer's front product makes of one part, from its first output on."""
-        return self.layers.front_BF[:, self.fronts[layer].place[part] :]
+        return self.layers.front(layer)[:, self.fronts[layer].place[part] :]
 
     def entering(self, layer: int) -> Tensor:
         """h [B, d] in front of the layer."""

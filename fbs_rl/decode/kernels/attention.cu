@@ -8,7 +8,8 @@
 #define KEYS_AT_ONCE 4
 
 struct Attention {
-  const num* qkv;  // [ROWS, (query heads + 2 key heads)·HEAD_DIM], neither normed nor rotated
+  const num* qkv;  // a row: (query heads + 2 key heads)·HEAD_DIM, neither normed nor rotated
+  long long qkv_stride;
   num* keys;       // [ROWS, key heads, capacity, HEAD_DIM]
   num* values;
   const num* cos;  // [positions, HEAD_DIM]
@@ -326,7 +327,7 @@ __device__ __forceinline__ void attend(const Attention& a, int head, int split, 
   await(team);
   __syncthreads();
   if (skipped && !(owner && a.leaves_entry)) return;
-  const num* token = a.qkv + (long long)b * (QUERY_GROUP + 2) * a.key_heads * HEAD_DIM;
+  const num* token = a.qkv + b * a.qkv_stride;
   if (owner && warp == WARPS - 1)
     write_entry(a, token, head, keys + (long long)before * HEAD_DIM, values + (long long)before * HEAD_DIM, m);
   if (skipped) return;
@@ -348,6 +349,18 @@ __device__ __forceinline__ void attention(const Attention& a, Team& team, Attent
   const int parts = a.key_heads * a.splits;
   ROLLED for (int i = blockIdx.x; i < parts * ROWS; i += gridDim.x) {
     attend(a, i % a.key_heads, i % parts / a.key_heads, i / parts, team, m);
+    __syncthreads();
+  }
+}
+
+// The token's entries in a layer that all rows skip, if attention is passed over. Nobody waits for them in this step.
+__device__ __forceinline__ void leave_entry(const Attention& a, Team& team, AttentionShared& m) {
+  ROLLED for (int i = gridDim.x - 1 - blockIdx.x; i < a.key_heads * ROWS; i += gridDim.x) {
+    const int head = i % a.key_heads, b = i / a.key_heads, position = __ldcg(a.position_B + b);
+    const long long at = ((long long)(b * a.key_heads + head) * a.capacity + position) * HEAD_DIM;
+    load_rotation(a, position, m.rotation);
+    __syncthreads();
+    if (threadIdx.x < WARP) write_entry(a, a.qkv + b * a.qkv_stride, head, a.keys + at, a.values + at, m);
     __syncthreads();
   }
 }

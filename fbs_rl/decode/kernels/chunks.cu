@@ -25,12 +25,20 @@ __device__ __forceinline__ void boundary(const Boundary& c, Team& team) {
   await(team);
   const int b = threadIdx.x;
   if (blockIdx.x || b >= ROWS) return;
-  const num* logit = c.front + b * c.front_stride + c.label_at;
+  float logit[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) logit[i] = read(c.front + b * c.front_stride + c.label_at + i);
+  const int closed = __ldcg(c.closed_B + b), size = __ldcg(c.open_size_B + b), step = __ldcg(c.step);
+  const int continuable = __ldcg(c.continuable_B + b);
   int label = 0;
-  ROLLED for (int i = 1; i < 4; ++i)
-    if (read(logit + i) > read(logit + label)) label = i;
-  const bool opens = label != I_LABEL || !__ldcg(c.continuable_B + b);
-  const int closed = __ldcg(c.closed_B + b), size = __ldcg(c.open_size_B + b);
+  float best = logit[0];
+#pragma unroll
+  for (int i = 1; i < 4; ++i)
+    if (logit[i] > best) {
+      best = logit[i];
+      label = i;
+    }
+  const bool opens = label != I_LABEL || !continuable;
   const bool closes = opens && size > 0;
   if (opens) c.continuable_B[b] = label == B_LABEL;
   c.before_B[b] = closed;
@@ -39,7 +47,6 @@ __device__ __forceinline__ void boundary(const Boundary& c, Team& team) {
   c.kept_B[b] = !opens;
   c.closed_B[b] = closed + closes;
   c.open_size_B[b] = opens ? 1 : size + 1;
-  const int step = __ldcg(c.step);
   if (step < c.trace_steps) {
     c.closed_trace[step * ROWS + b] = closed;
     c.opens_trace[step * ROWS + b] = opens;
@@ -79,27 +86,13 @@ __device__ __forceinline__ void normalise_scores(float* score, int slots, float*
   __syncthreads();
 }
 
-// Scores of the slots, 0 the null slot; `lanes` neighbouring threads a slot.
-__device__ __forceinline__ void score_chunks(const ChunkRead& c, int h, int lanes, const float* query, const num* keys,
-                                             int before, int slots, const float* bias_C, float* score) {
-  const int size = c.width / c.heads, lane = threadIdx.x % lanes;
-#pragma unroll 8
-  for (int first = 0; first < slots; first += THREADS / lanes) {
-    const int s = first + threadIdx.x / lanes;
-    const num* key = s ? keys + (long long)(s - 1) * c.width : c.null_key + h * size;
-    float sum = 0.f;
-    if (s < slots)
-      ROLLED for (int i = lane * LANE_NUMS; i < size; i += lanes * LANE_NUMS) {
-        float k[LANE_NUMS];
-        unpack(__ldcg((const uint4*)(key + i)), k);
-#pragma unroll
-        for (int j = 0; j < LANE_NUMS; ++j) sum = fmaf(query[i + j], k[j], sum);
-      }
-    ROLLED for (int d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-    if (s >= slots || lane) continue;
-    float v = rounded(rounded(sum) * c.scale);
-    if (s) v = rounded(v + bias_C[(before - s + c.ring_length) % c.ring_length]);  // distance of slot s − 1
-    score[s] = v;
+// Scores of the slots, of which 0 is the null slot, from what a query gave with their keys.
+__device__ __forceinline__ void score_chunks(const ChunkRead& c, int before, int slots, const float* bias_C, float* score) {
+  const int turn = before % c.ring_length;
+  ROLLED for (int s = threadIdx.x; s < slots; s += THREADS) {
+    const int gap = turn - s;  // slot s − 1 lies so many chunks back, in turns of the ring
+    const float v = rounded(rounded(score[s]) * c.scale);
+    score[s] = s ? rounded(v + bias_C[gap < 0 ? gap + c.ring_length : gap]) : v;
   }
 }
 
@@ -110,18 +103,19 @@ __device__ __forceinline__ void read_chunks(const ChunkRead& c, int h, int b, Fi
   float* partial = query + size;     // [bands, size]
   float* bias_C = partial + THREADS * LANE_NUMS;  // [ring]
   float* score = bias_C + c.ring_length;          // [1 + used]
-  if (skips(c.skip_B, b)) return;
+  if (ROWS > 1 && skips(c.skip_B, b)) return;
+  const int before = __ldcg(c.before_B + b), slots = 1 + min(before, c.ring_length);
+  const num* whole = c.front + b * c.front_stride + c.query_at + h * size;
+  const float asked = (int)threadIdx.x < size ? read(whole + threadIdx.x) : 0.f;  // a head has at most 256 numbers
 #pragma unroll 2
   for (int i = threadIdx.x; i < c.ring_length; i += THREADS) bias_C[i] = widen(c.bias_HC[h * c.buckets + c.bucket_C[i]]);
-  const int before = __ldcg(c.before_B + b), slots = 1 + min(before, c.ring_length);
   const num* keys = c.keys + (long long)b * c.ring_length * c.width + h * size;
   const num* values = c.values + (long long)b * c.ring_length * c.width + h * size;
-  ROLLED for (int i = threadIdx.x; i < size; i += THREADS)
-    query[i] = read(c.front + b * c.front_stride + c.query_at + h * size + i);
+  if ((int)threadIdx.x < size) query[threadIdx.x] = asked;
   __syncthreads();
-  int lanes = 1;
-  while (lanes * 2 * LANE_NUMS <= size && lanes < WARP) lanes *= 2;
-  score_chunks(c, h, lanes, query, keys, before, slots, bias_C, score);
+  multiply_rows(c.null_key + h * size, keys, c.width, slots, size, query, score);
+  __syncthreads();
+  score_chunks(c, before, slots, bias_C, score);
   __syncthreads();
   normalise_scores(score, slots, fixed.scratch);
   const int wide = size / LANE_NUMS, bands = THREADS / wide, band = threadIdx.x / wide, at = threadIdx.x % wide * LANE_NUMS;
@@ -148,6 +142,7 @@ __device__ __forceinline__ void read_chunks(const ChunkRead& c, int h, int b, Fi
 __device__ __forceinline__ void chunk_read(const ChunkRead& c, Team& team, Fixed& fixed,
                                            unsigned char* room) {
   await(team);
+  if (!layer_runs(c.skip_B, team)) return;
   ROLLED for (int i = blockIdx.x; i < c.heads * ROWS; i += gridDim.x) {
     read_chunks(c, i % c.heads, i / c.heads, fixed, room);
     __syncthreads();
@@ -163,18 +158,25 @@ struct ChunkExtend {
   float* sum_Bd;
 };
 
+// Every block finds the row's norm by itself and adds to its own columns.
 __device__ __forceinline__ void chunk_extend(const ChunkExtend& c, Team& team, Fixed& fixed) {
   await(team);
-  ROLLED for (int b = blockIdx.x; b < ROWS; b += gridDim.x) {
+  int first, end;
+  columns_of(c.width, first, end);
+  ROLLED for (int b = 0; b < ROWS; ++b) {
     const num* state = c.state_Bd + (long long)b * c.width;
     float* sum = c.sum_Bd + (long long)b * c.width;
-    float square = 0.f;
-#pragma unroll 4
-    for (int k = threadIdx.x; k < c.width; k += THREADS) square += read(state + k) * read(state + k);
-    const float inverse = rsqrtf(block_sum(square, fixed.scratch) / c.width + c.eps);
     const float kept = (float)__ldcg(c.kept_B + b);
-#pragma unroll 4
-    for (int k = threadIdx.x; k < c.width; k += THREADS)
+    float square = 0.f;
+#pragma unroll 2
+    for (int k = threadIdx.x; k < c.width / LANE_NUMS; k += THREADS) {
+      float v[LANE_NUMS];
+      unpack(__ldcg((const uint4*)state + k), v);
+#pragma unroll
+      for (int i = 0; i < LANE_NUMS; ++i) square += v[i] * v[i];
+    }
+    const float inverse = rsqrtf(block_sum(square, fixed.scratch) / c.width + c.eps);
+    ROLLED for (int k = first + threadIdx.x; k < end; k += THREADS)
       sum[k] = rounded(read(state + k) * inverse) + __ldcg(sum + k) * kept;
   }
 }

@@ -20,6 +20,12 @@ typedef float num;
 
 // Before a loop: a step runs most code once a layer, so what has to be fetched of it costs more than a jump.
 #define ROLLED _Pragma("unroll 1")
+// Before a function: its code is there once, for all that call it.
+#ifdef EMULATED
+#define ONE_COPY
+#else
+#define ONE_COPY __noinline__
+#endif
 
 #define WARP 32
 #define WARPS 8  // of a block, that work on its calls; one more asks for their weights (weights.cu)
@@ -217,6 +223,12 @@ __device__ __forceinline__ void await(Team& team) {
 
 // What other blocks write is read past the first cache (__ldcg), which may hold old lines.
 __device__ __forceinline__ float read(const num* p) { return widen(__ldcg(p)); }
+
+// The block's share of a row's columns, [first, end).
+__device__ __forceinline__ void columns_of(int width, int& first, int& end) {
+  first = width * (int)blockIdx.x / (int)gridDim.x;
+  end = width * ((int)blockIdx.x + 1) / (int)gridDim.x;
+}
 
 // --- reductions ---------------------------------------------------------------------------------------
 

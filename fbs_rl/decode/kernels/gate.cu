@@ -6,17 +6,16 @@ struct Decision {
   long long front_stride;
   int reduce_at;     // where W_1·x̂ lies in it
   int reduce_width;  // 0: the gate does not read the residual stream
-  const num* reduce_norm;
-  const num* preview;  // W_2 [preview_width, pooled_width]
-  int preview_width;   // 0: the gate does not read the preview
+  int preview_width;  // 0: the gate does not read the preview
   int pooled_width;
   const num* pooled_B;
   const float* entropy_B;
-  const num* hidden;  // W_3 [hidden_width, features]
-  const num* hidden_bias;
-  const num* out;
-  const num* out_bias;
+  int fresh;  // the call in front made these two
   int hidden_width;
+  const num* weights;  // of the gate, as fbs_rl.decode.gate_rows lays them out
+  int weight_count;
+  const num* later;  // of the next gate
+  int later_bytes;
   float clip;
   float eps;
   const num* before_Bd;  // the state around the layer in front; null: none
@@ -38,6 +37,9 @@ struct Decision {
   int trace_steps;
   float* prob_trace;  // [trace_steps, layers, ROWS]
   unsigned char* skip_trace;
+  int held_bytes;  // of the room: not to be touched
+  SkipPath path;
+  num* next_Bd;  // the next layer's h, written here where all rows skip this one; null: not here
 };
 
 __device__ __forceinline__ u32 mix_word(u32 word) {
@@ -53,16 +55,23 @@ __device__ __forceinline__ float gate_noise(u32 low, u32 high, u32 position, u32
   return (float)(mix_word(word + layer * 0xC2B2AE35u) >> 8) * 5.9604644775390625e-8f;
 }
 
-// Motion of the rows that ran the layer in front (δ, cos), one or more warps a row; the others keep theirs.
-__device__ __forceinline__ void note_motion(const num* before_Bd, const num* after_Bd, const int* left_skip_B,
-                                            int width, float* motion_B2, float (*sums)[4]) {
+// Motion (δ, cos) of every row into held_B2, one or more warps a row: of those that ran the layer in front
+// what it is now, of the others what it was.
+__device__ __forceinline__ void note_motion(const num* before_Bd, const num* after_Bd, const int* left_skip_B, int width,
+                                            float* motion_B2, float (*sums)[4], float* held_B2) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int each = max(1, WARPS / ROWS), at_once = WARPS / each;
   ROLLED for (int b0 = 0; b0 < ROWS; b0 += at_once) {
     const int b = b0 + warp / each;
-    const bool mine = b < ROWS && warp / each < at_once;
-    float sum[4] = {};
-    if (mine)
+    const bool mine = b < ROWS && warp / each < at_once, first = mine && warp % each == 0 && lane == 0;
+    float motion[2] = {}, sum[4] = {};
+    bool kept = true;
+    if (first) {
+      motion[0] = __ldcg(motion_B2 + 2 * b);
+      motion[1] = __ldcg(motion_B2 + 2 * b + 1);
+      kept = !before_Bd || skips(left_skip_B, b);
+    }
+    if (mine && before_Bd)
 #pragma unroll 2
       for (int k = warp % each * WARP + lane; k < width / LANE_NUMS; k += each * WARP) {
         float old[LANE_NUMS], now[LANE_NUMS];
@@ -82,61 +91,83 @@ __device__ __forceinline__ void note_motion(const num* before_Bd, const num* aft
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[warp][i] = sum[i];
     __syncthreads();
-    if (mine && warp % each == 0 && lane == 0 && !skips(left_skip_B, b)) {
+    if (first && !kept) {
       ROLLED for (int w = 1; w < each; ++w)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum[i] += sums[warp + w][i];
       const float old = fmaxf(sqrtf(sum[2]), 1e-10f), now = fmaxf(sqrtf(sum[3]), 1e-10f);
-      motion_B2[2 * b] = sqrtf(sum[0]) / old;
-      motion_B2[2 * b + 1] = sum[1] / now / old;
+      motion_B2[2 * b] = motion[0] = sqrtf(sum[0]) / old;
+      motion_B2[2 * b + 1] = motion[1] = sum[1] / now / old;
+    }
+    if (first) {
+      held_B2[2 * b] = motion[0];
+      held_B2[2 * b + 1] = motion[1];
     }
     __syncthreads();
   }
 }
 
-#define MOST_FEATURES 512
+#define LINE (512 + 256)  // features and a preview
 
 __device__ __forceinline__ int feature_count(const Decision& d) {
   return (d.reduce_width ? d.reduce_width + 2 : 0) + (d.preview_width ? d.preview_width + 1 : 0);
 }
 
-// The gate's weights and inputs in shared memory; the weights come before the front product is done.
+// What a decision works on in shared memory. Features are [RMSNorm(W_1 x̂); δ; cos; W_2 ṽ; H₁]: those behind the first
+// reduce_width are known before the front product is done, and so is their part of W_3 g.
 struct GateRoom {
-  num *preview, *hidden, *hidden_bias, *out, *reduce_norm;
-  float out_bias;
-  float* feature;  // [WARPS, MOST_FEATURES], a line for each row of a round
-  float* pooled;   // [WARPS, pooled_width]
+  num *hidden, *preview, *hidden_bias, *out, *reduce_norm, *out_bias;  // W_3, W_2, ...
+  num* pooled;  // [ROWS, pooled_width]
+  num* up;      // of the skip path, the block's columns
+  float* feature;  // [WARPS, LINE]
+  float* known;    // [ROWS, hidden_width]
+  float* sums;     // [ROWS, hidden_width] of what the front product adds
+  float* down;     // [ROWS, rank]
 };
 
-// fbs_rl.decode.module_calls.gate_bytes counts what this takes.
-__device__ __forceinline__ num* bring(const num* from, int count, num*& free) {
-  num* to = free;
-  const bool whole = ((unsigned long long)from & 15) == 0;
-  const int parts = whole ? count / LANE_NUMS : 0;
-  ROLLED for (int k = threadIdx.x; k < parts; k += THREADS) copy_aside((uint4*)to + k, (const uint4*)from + k);
-  ROLLED for (int i = parts * LANE_NUMS + threadIdx.x; i < count; i += THREADS) to[i] = from[i];
-  free += (count + LANE_NUMS - 1) / LANE_NUMS * LANE_NUMS;
-  return to;
+__device__ __forceinline__ num* take(num*& free, int count) {
+  num* taken = free;
+  free += (count + 7) / 8 * 8;
+  return taken;
 }
 
-__device__ __forceinline__ GateRoom bring_gate(const Decision& d, unsigned char* room) {
+// fbs_rl.decode.module_calls.gate_bytes counts what this takes.
+__device__ __forceinline__ GateRoom lay_out(const Decision& d, unsigned char* room) {
   GateRoom g;
   g.feature = (float*)room;
-  g.pooled = g.feature + WARPS * MOST_FEATURES;
-  num* free = (num*)(g.pooled + WARPS * ((d.pooled_width + 3) / 4 * 4));
-  g.hidden = bring(d.hidden, d.hidden_width * feature_count(d), free);
-  g.preview = bring(d.preview, d.preview_width * d.pooled_width, free);
-  g.hidden_bias = bring(d.hidden_bias, d.hidden_width, free);
-  g.out = bring(d.out, d.hidden_width, free);
-  g.reduce_norm = bring(d.reduce_norm, d.reduce_width, free);
-  g.out_bias = widen(d.out_bias[0]);
+  g.known = g.feature + WARPS * LINE;
+  g.sums = g.known + ROWS * d.hidden_width;
+  g.down = g.sums + ROWS * d.hidden_width;
+  num* free = (num*)room + (WARPS * LINE + (ROWS * (2 * d.hidden_width + d.path.rank) + 3) / 4 * 4) * (4 / sizeof(num));
+  g.pooled = take(free, ROWS * d.pooled_width);
+  g.hidden = take(free, d.hidden_width * feature_count(d));
+  g.preview = take(free, d.preview_width * d.pooled_width);
+  g.hidden_bias = take(free, d.hidden_width);
+  g.out = take(free, d.hidden_width);
+  g.reduce_norm = take(free, d.reduce_width);
+  g.out_bias = take(free, 1);
+  g.up = free;
   return g;
 }
 
-// use(j, W[j]·x) for every output j, by `team` threads (whole warps), of which this is number `me`; several a row of W.
-template <class Use>
-__device__ __forceinline__ void small_product(const num* weight, int outputs, int columns, const float* x, int me, int team,
-                                              Use use) {
+// What does not depend on this token; and what the next gate will ask for, into the second cache.
+__device__ __forceinline__ void bring_gate(const Decision& d, const GateRoom& g) {
+  ROLLED for (int k = threadIdx.x; k < d.weight_count / LANE_NUMS; k += THREADS)
+    copy_aside((uint4*)g.hidden + k, (const uint4*)d.weights + k);
+  if (d.later && blockIdx.x == 0 && threadIdx.x == 0) bring_near(d.later, d.later_bytes);
+  if (!d.next_Bd || !d.path.up) return;
+  int first, end;
+  columns_of(d.path.width, first, end);
+  const num* up = d.path.up + (long long)first * d.path.rank;
+  const int count = (end - first) * d.path.rank, whole = d.path.rank % LANE_NUMS ? 0 : count / LANE_NUMS;
+  ROLLED for (int k = threadIdx.x; k < whole; k += THREADS) copy_aside((uint4*)g.up + k, (const uint4*)up + k);
+  ROLLED for (int i = whole * LANE_NUMS + threadIdx.x; i < count; i += THREADS) g.up[i] = up[i];
+}
+
+// W·x into out, by `team` threads (whole warps), of which this is number `me`; several a row of W, whose
+// rows are `stride` apart.
+__device__ ONE_COPY void small_product(const num* weight, int stride, int outputs, int columns, const float* x,
+                                       float* out, int me, int team) {
   int lanes = 1;
   while (lanes < WARP && lanes * 2 * outputs <= team) lanes *= 2;
   ROLLED for (int first = 0; first < outputs; first += team / lanes) {
@@ -144,79 +175,100 @@ __device__ __forceinline__ void small_product(const num* weight, int outputs, in
     float sum = 0.f;
     if (j < outputs)
 #pragma unroll 4
-      for (int i = me % lanes; i < columns; i += lanes) sum += widen(weight[j * columns + i]) * x[i];
+      for (int i = me % lanes; i < columns; i += lanes) sum += widen(weight[j * stride + i]) * x[i];
     ROLLED for (int d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-    if (j < outputs && me % lanes == 0) use(j, sum);
+    if (j < outputs && me % lanes == 0) out[j] = sum;
   }
 }
 
-#define HELD 4  // numbers of a preview that a thread holds at once
+// The threads that a row has, whole warps, in rounds of as many rows as there are warps for.
+struct RowTeam {
+  int each, at_once, size, me, place;
+};
 
-// g of one row: [RMSNorm(W_1 x̂); δ; cos; W_2 ṽ; H₁], by `team` threads. Others may pass: row < 0.
-__device__ __forceinline__ void gather_features(const Decision& d, const GateRoom& g, int b, int me, int team, float* feature,
-                                                float* pooled) {
-  const int at = d.reduce_width ? d.reduce_width + 2 : 0;
-  if (b >= 0) {
-    // All is asked for before anything is used.
-    float held[HELD], entropy = 0.f, motion = 0.f;
-    if (d.preview_width) {
+__device__ __forceinline__ RowTeam row_team() {
+  RowTeam t;
+  t.each = max(1, WARPS / ROWS);
+  t.at_once = WARPS / t.each;
+  t.size = t.each * WARP;
+  t.me = threadIdx.x % t.size;
+  t.place = threadIdx.x / t.size;
+  return t;
+}
+
+// The part of W_3 g that does not wait for the front product.
+__device__ __forceinline__ void weigh_known(const Decision& d, const GateRoom& g, const float* motion_B2) {
+  const RowTeam t = row_team();
+  const int count = feature_count(d) - d.reduce_width, at = d.reduce_width ? 2 : 0;
+  ROLLED for (int b0 = 0; b0 < ROWS; b0 += t.at_once) {
+    const int b = b0 + t.place;
+    const bool mine = t.place < t.at_once && b < ROWS;
+    float* feature = g.feature + t.place * t.each * LINE;
+    float* pooled = feature + count;
+    if (mine && d.reduce_width && t.me < 2) feature[t.me] = motion_B2[2 * b + t.me];
+    if (mine && d.preview_width) {
+      ROLLED for (int i = t.me; i < d.pooled_width; i += t.size) pooled[i] = widen(g.pooled[b * d.pooled_width + i]);
+      if (t.me == 0) feature[count - 1] = __ldcg(d.entropy_B + b);
+    }
+    __syncthreads();
+    if (mine && d.preview_width)
+      small_product(g.preview, d.pooled_width, d.preview_width, d.pooled_width, pooled, feature + at, t.me, t.size);
+    __syncthreads();
+    if (mine)
+      ROLLED for (int j = t.me; j < d.preview_width; j += t.size) feature[at + j] = rounded(feature[at + j]);
+    __syncthreads();
+    if (mine)
+      small_product(g.hidden + d.reduce_width, feature_count(d), d.hidden_width, count, feature,
+                    g.known + b * d.hidden_width, t.me, t.size);
+    __syncthreads();
+  }
+}
+
+#define AT_ONCE 4  // numbers of a row that a lane holds at once
+
+// p = σ(clip(w·SiLU(W_3 g) + b)) of every row. Each warp norms W_1 x̂ for itself, so that none waits for another.
+// there: 0 while the front product may not be done; then this only brings its own code near.
+__device__ __forceinline__ void find_probabilities(const Decision& d, const GateRoom& g, Fixed& fixed, int there) {
+  const RowTeam t = row_team();
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, asked = there ? d.reduce_width : 0;
+  float* feature = g.feature + warp * LINE;
+  ROLLED for (int b0 = 0; b0 < ROWS; b0 += t.at_once) {
+    const int b = b0 + t.place;
+    const bool mine = t.place < t.at_once && b < ROWS;
+    if (mine) {
+      const num* reduced = d.front + b * d.front_stride + d.reduce_at;
+      float square = 0.f, held[AT_ONCE];
 #pragma unroll
-      for (int j = 0; j < HELD; ++j) {
-        const int i = me + j * team;
-        held[j] = i < d.pooled_width ? read(d.pooled_B + b * d.pooled_width + i) : 0.f;
+      for (int j = 0; j < AT_ONCE; ++j) held[j] = lane + j * WARP < asked ? read(reduced + lane + j * WARP) : 0.f;
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        square += held[j] * held[j];
+        if (lane + j * WARP < d.reduce_width) feature[lane + j * WARP] = held[j];
       }
-      if (me == 0) entropy = __ldcg(d.entropy_B + b);
+      ROLLED for (int i = lane + AT_ONCE * WARP; i < asked; i += WARP) {
+        feature[i] = read(reduced + i);
+        square += feature[i] * feature[i];
+      }
+      const float inverse = rsqrtf(warp_sum(square) / max(1, d.reduce_width) + d.eps);
+      ROLLED for (int i = lane; i < asked; i += WARP) feature[i] = rounded(feature[i] * inverse * widen(g.reduce_norm[i]));
+      __syncwarp();
+      small_product(g.hidden, feature_count(d), d.hidden_width, asked, feature, g.sums + b * d.hidden_width, t.me, t.size);
     }
-    if (d.reduce_width && me < 2) motion = __ldcg(d.motion_B2 + 2 * b + me);
-    if (d.reduce_width)
-      ROLLED for (int i = me; i < d.reduce_width; i += team) feature[i] = read(d.front + b * d.front_stride + d.reduce_at + i);
-    if (d.reduce_width && me < 2) feature[d.reduce_width + me] = motion;
-    if (d.preview_width) {
-#pragma unroll
-      for (int j = 0; j < HELD; ++j)
-        if (me + j * team < d.pooled_width) pooled[me + j * team] = held[j];
-      ROLLED for (int i = me + HELD * team; i < d.pooled_width; i += team) pooled[i] = read(d.pooled_B + b * d.pooled_width + i);
-      if (me == 0) feature[at + d.preview_width] = entropy;
-    }
-  }
-  __syncthreads();
-  if (b >= 0 && d.preview_width)
-    small_product(g.preview, d.preview_width, d.pooled_width, pooled, me, team,
-                  [&](int j, float sum) { feature[at + j] = rounded(sum); });
-  if (b >= 0 && d.reduce_width && me >= team - WARP) {  // by the row's last warp
-    float square = 0.f;
-    ROLLED for (int i = me % WARP; i < d.reduce_width; i += WARP) square += feature[i] * feature[i];
-    const float inverse = rsqrtf(warp_sum(square) / d.reduce_width + d.eps);
-    ROLLED for (int i = me % WARP; i < d.reduce_width; i += WARP)
-      feature[i] = rounded(feature[i] * inverse * widen(g.reduce_norm[i]));
-  }
-  __syncthreads();
-}
-
-// p = σ(clip(w·SiLU(W_3 g) + b)) of every row, one or more warps a row.
-__device__ __forceinline__ void find_probabilities(const Decision& d, const GateRoom& g, Fixed& fixed) {
-  const int warp = threadIdx.x / WARP;
-  const int each = max(1, WARPS / ROWS), at_once = WARPS / each, team = each * WARP;
-  ROLLED for (int b0 = 0; b0 < ROWS; b0 += at_once) {
-    const int place = warp / each, me = threadIdx.x % team;
-    const int b = place < at_once && b0 + place < ROWS ? b0 + place : -1;
-    float* feature = g.feature + place * MOST_FEATURES;
-    gather_features(d, g, b, me, team, feature, g.pooled + place * ((d.pooled_width + 3) / 4 * 4));
+    __syncthreads();
     float logit = 0.f;
-    if (b >= 0)
-      small_product(g.hidden, d.hidden_width, feature_count(d), feature, me, team, [&](int j, float sum) {
-        logit += silu(sum + widen(g.hidden_bias[j])) * widen(g.out[j]);
-      });
+    if (mine)
+      ROLLED for (int j = t.me; j < d.hidden_width; j += t.size)
+        logit += silu(g.sums[b * d.hidden_width + j] + g.known[b * d.hidden_width + j] + widen(g.hidden_bias[j])) * widen(g.out[j]);
     logit = warp_sum(logit);
-    if (me % WARP == 0) fixed.scratch[warp] = logit;
-    __syncthreads();
-    if (b >= 0 && me == 0) {
-      logit = g.out_bias;
-      ROLLED for (int w = warp; w < warp + each; ++w) logit += fixed.scratch[w];
-      fixed.prob_B[b] = 1.f / (1.f + expf(-fminf(fmaxf(logit, -d.clip), d.clip)));
-    }
-    __syncthreads();
+    if (mine && lane == 0) fixed.scratch[b * t.each + warp % t.each] = logit;
   }
+  __syncthreads();
+  if (threadIdx.x < ROWS) {
+    float logit = widen(g.out_bias[0]);
+    ROLLED for (int w = 0; w < t.each; ++w) logit += fixed.scratch[threadIdx.x * t.each + w];
+    fixed.prob_B[threadIdx.x] = 1.f / (1.f + expf(-fminf(fmaxf(logit, -d.clip), d.clip)));
+  }
+  __syncthreads();
 }
 
 // What decisions are compared with; it stays as it is for a step.
@@ -241,16 +293,55 @@ __device__ __forceinline__ bool wants_skip(const Decision& d, int b, const Fixed
   return prob / ROWS >= bar / ROWS;
 }
 
+// A row's skip path, A_1 x̂ at first: number `i` of all rows'.
+__device__ __forceinline__ float read_down(const Decision& d, int i) {
+  return i < ROWS * d.path.rank ? read(d.path.down + i / d.path.rank * d.path.down_stride + i % d.path.rank) : 0.f;
+}
+
+#define PATH_LANES 4  // neighbouring threads that share an output
+
+// The block's columns of the next layer's h where all rows skip this one. down: read_down of this thread's number.
+__device__ __forceinline__ void pass_by(const Decision& d, const GateRoom& g, float down) {
+  const int lane = threadIdx.x % PATH_LANES;
+  int first, end;
+  columns_of(d.path.width, first, end);
+  ROLLED for (int i = threadIdx.x; i < ROWS * d.path.rank; i += THREADS)
+    g.down[i] = rounded(silu(i == (int)threadIdx.x ? down : read_down(d, i)));
+  __syncthreads();
+  const int count = (end - first) * ROWS;
+  ROLLED for (int from = 0; from < count; from += THREADS / PATH_LANES) {
+    const int i = from + threadIdx.x / PATH_LANES, b = i % ROWS, n = first + i / ROWS;
+    const float state = i < count && lane == 0 ? read(d.path.state_Bd + b * d.path.width + n) : 0.f;
+    float sum = 0.f;
+    if (i < count)
+#pragma unroll 4
+      for (int j = lane; j < d.path.rank; j += PATH_LANES)
+        sum += widen(g.up[(n - first) * d.path.rank + j]) * g.down[b * d.path.rank + j];
+    ROLLED for (int k = PATH_LANES / 2; k; k /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, k);
+    if (i < count && lane == 0) d.next_Bd[b * d.path.width + n] = narrow(state + rounded(sum));
+  }
+}
+
 __device__ __forceinline__ void decide(const Decision& d, Team& team, Fixed& fixed, unsigned char* room) {
-  const GateRoom g = bring_gate(d, room);
+  const GateRoom g = lay_out(d, room + d.held_bytes);
+  bring_gate(d, g);
   const int step = __ldcg(d.step);
   bring_bars(d, fixed);
+  if (d.fresh) await(team);  // for its numbers are asked for here
+  ROLLED for (int k = threadIdx.x; k < ROWS * d.pooled_width / LANE_NUMS; k += THREADS)
+    copy_aside((uint4*)g.pooled + k, (const uint4*)d.pooled_B + k);
   // What the layer in front left is visible already: that was awaited before the front product.
-  if (d.before_Bd) note_motion(d.before_Bd, d.after_Bd, d.left_skip_B, d.width, d.motion_B2, fixed.sums);
+  if (d.reduce_width)
+    note_motion(d.before_Bd, d.after_Bd, d.left_skip_B, d.width, d.motion_B2, fixed.sums, fixed.values);
   await_copies();
-  await(team);
   __syncthreads();
-  find_probabilities(d, g, fixed);
+  weigh_known(d, g, fixed.values);
+  float down = 0.f;
+  ROLLED for (int there = d.fresh; there <= 1; ++there) {
+    if (there) await(team);
+    if (there && d.next_Bd) down = read_down(d, threadIdx.x);
+    find_probabilities(d, g, fixed, there);
+  }
   ROLLED for (int i = threadIdx.x; i < d.members * ROWS; i += THREADS) {
     const int member = i / ROWS, b = i % ROWS, layer = d.leader + member;
     if (!(d.free_mask >> member & 1)) continue;
@@ -266,6 +357,7 @@ __device__ __forceinline__ void decide(const Decision& d, Team& team, Fixed& fix
   team.known_B = d.skip_LB + d.leader * ROWS;
   team.known = false;
   ROLLED for (int b = 0; b < ROWS; ++b) team.known |= !wants_skip(d, b, fixed);
+  if (d.next_Bd && !team.known) pass_by(d, g, down);
 }
 
 // Motion after a layer whose successor asks no gate.
@@ -279,5 +371,5 @@ struct Move {
 
 __device__ __forceinline__ void move(const Move& m, Team& team, Fixed& fixed) {
   await(team);
-  note_motion(m.before_Bd, m.after_Bd, m.left_skip_B, m.width, m.motion_B2, fixed.sums);
+  note_motion(m.before_Bd, m.after_Bd, m.left_skip_B, m.width, m.motion_B2, fixed.sums, fixed.values);
 }

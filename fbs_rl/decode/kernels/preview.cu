@@ -1,10 +1,91 @@
 // PAW, after its products: the shortlist's best candidates, and what a PAW layer sees (SPEC 2).
 
+#define MAPPED_AT_ONCE 8  // rows of a thread
+
+// out[r] = row r · x, `size` numbers each; row 0 lies at `first`, the others from `rest` on. Several threads a row.
+__device__ ONE_COPY void multiply_rows(const num* first, const num* rest, int stride, int count, int size, const float* x,
+                                       float* out) {
+  int lanes = 1;
+  while (lanes * 2 * LANE_NUMS <= size && lanes < WARP) lanes *= 2;
+  const int lane = threadIdx.x % lanes, step = THREADS / lanes;
+  ROLLED for (int from = 0; from < count; from += MAPPED_AT_ONCE * step) {
+    const int mine = from + threadIdx.x / lanes;
+    float sum[MAPPED_AT_ONCE] = {};
+    ROLLED for (int i = lane * LANE_NUMS; i < size; i += lanes * LANE_NUMS) {
+      uint4 held[MAPPED_AT_ONCE];
+#pragma unroll
+      for (int r = 0; r < MAPPED_AT_ONCE; ++r) {
+        const int row = min(mine + r * step, count - 1);
+        held[r] = __ldcg((const uint4*)((row ? rest + (long long)(row - 1) * stride : first) + i));
+      }
+#pragma unroll
+      for (int r = 0; r < MAPPED_AT_ONCE; ++r) {
+        float v[LANE_NUMS];
+        unpack(held[r], v);
+#pragma unroll
+        for (int j = 0; j < LANE_NUMS; ++j) sum[r] = fmaf(x[i + j], v[j], sum[r]);
+      }
+    }
+    ROLLED for (int d = lanes / 2; d; d /= 2)
+#pragma unroll
+      for (int r = 0; r < MAPPED_AT_ONCE; ++r) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], d);
+#pragma unroll
+    for (int r = 0; r < MAPPED_AT_ONCE; ++r)
+      if (lane == 0 && mine + r * step < count) out[mine + r * step] = sum[r];
+  }
+}
+
+// Scores of all candidates: the mean horizon's query with each, and the prior. A share of them a block.
+struct Scores {
+  const num* front;
+  long long front_stride;
+  int query_at;
+  const num* mean_map_RR;
+  const num* table_NR;
+  const float* prior_N;
+  int count, rank;  // N, R
+  float* score_BN;
+  float* best;  // of each block, [blocks, ROWS]
+};
+
+// out = W·x, rounded; W has `count` rows.
+__device__ __forceinline__ void map_query(const num* weight, int count, int rank, const float* x, float* out) {
+  multiply_rows(weight, weight + rank, rank, count, rank, x, out);
+  __syncthreads();
+  ROLLED for (int r = threadIdx.x; r < count; r += THREADS) out[r] = rounded(out[r]);
+  __syncthreads();
+}
+
+__device__ __forceinline__ void scores(const Scores& s, Team& team, Fixed& fixed, unsigned char* room) {
+  float *asked = (float*)room, *query = asked + s.rank, *score = query + s.rank;
+  const int from = (int)((long long)s.count * blockIdx.x / gridDim.x);
+  const int share = (int)((long long)s.count * (blockIdx.x + 1) / gridDim.x) - from;
+  const num* table = s.table_NR + (long long)from * s.rank;
+  if (threadIdx.x == 0 && share) bring_near(table, share * s.rank * sizeof(num));
+  await(team);
+  ROLLED for (int b = 0; b < ROWS; ++b) {
+    const num* front = s.front + b * s.front_stride + s.query_at;
+    ROLLED for (int r = threadIdx.x; r < s.rank; r += THREADS) asked[r] = read(front + r);
+    __syncthreads();
+    map_query(s.mean_map_RR, s.rank, s.rank, asked, query);
+    multiply_rows(table, table + s.rank, s.rank, share, s.rank, query, score);
+    __syncthreads();
+    float value = MINUS_INFINITY, v;
+    int index = 0x7fffffff;
+    ROLLED for (int i = threadIdx.x; i < share; i += THREADS) {
+      s.score_BN[(long long)b * s.count + from + i] = v = rounded(score[i]) + s.prior_N[from + i];
+      better(value, index, v, from + i);
+    }
+    block_best(value, index, fixed, s.best + blockIdx.x * ROWS + b, nullptr);
+    __syncthreads();
+  }
+}
+
 struct Shortlist {
   const float* score_BN;
   int count;  // N
   int wanted; // M
-  const float* best;  // of each block of the scores' product, [offers, ROWS]
+  const float* best;  // of each block's scores, [offers, ROWS]
   int offers;
   u32* key_BF;  // scores that may be among the highest, in no order: FOUND_KEYS a row
   int* place_BF;
@@ -132,6 +213,7 @@ __device__ __forceinline__ void shortlist(const Shortlist& s, Team& team, Fixed&
 struct Look {
   const num* front;
   long long front_stride;
+  int query_at;
   int window_at;
   int window_hidden;
   const num* window_out;
@@ -139,8 +221,7 @@ struct Look {
   float fixed_window;  // below 0: predicted
   int hard;
   float temperature;
-  const num* query_BKR;
-  long long query_stride;
+  const num* maps_KRR;  // of the query, for each horizon
   const int* index_BM;
   const num* table_NR;
   int early;  // the shortlist was there before the call in front
@@ -180,6 +261,7 @@ __device__ __forceinline__ float inclusion(const Look& l, float window, int h) {
 // One block's shared memory: of up to SEEN horizons, the first of them `low`.
 struct LookRoom {
   float* table;   // [M, pitch]
+  float* asked;   // [R]
   float* query;   // [SEEN, R]
   float* value;   // [SEEN, R]
   float* score;   // [SEEN, M]
@@ -190,10 +272,9 @@ struct LookRoom {
 
 // The candidates' embeddings into the table, whole 16 bytes at a time.
 __device__ __forceinline__ void gather(const Look& l, int b, const LookRoom& m) {
-  const int parts = l.rank / LANE_NUMS;
+  const int parts = l.rank / LANE_NUMS, rows = THREADS / parts, part = threadIdx.x % parts * LANE_NUMS;
 #pragma unroll 4
-  for (int k = threadIdx.x; k < l.candidates * parts; k += THREADS) {
-    const int c = k / parts, part = k % parts * LANE_NUMS;
+  for (int c = threadIdx.x / parts; c < l.candidates && (int)threadIdx.x < rows * parts; c += rows) {
     const long long row = __ldcg(l.index_BM + b * l.candidates + c);
     unpack(*(const uint4*)(l.table_NR + row * l.rank + part), m.table + c * m.pitch + part);
   }
@@ -275,7 +356,8 @@ __device__ __forceinline__ void look_at(const Look& l, int b, int h, Team& team,
   LookRoom m;
   m.pitch = l.rank + 4;
   m.table = (float*)room;
-  m.query = m.table + l.candidates * m.pitch;
+  m.asked = m.table + l.candidates * m.pitch;
+  m.query = m.asked + l.rank;
   m.value = m.query + SEEN * l.rank;
   m.score = m.value + SEEN * l.rank;
   m.weight = m.score + SEEN * l.candidates;
@@ -287,17 +369,18 @@ __device__ __forceinline__ void look_at(const Look& l, int b, int h, Team& team,
 #pragma unroll 4
     for (int k = threadIdx.x; k < l.rank * TAP_WORDS; k += THREADS)
       m.taps[k / TAP_WORDS * (TAP_WORDS + 1) + k % TAP_WORDS] = ((const u32*)l.mix)[k];
+  const num* maps = l.maps_KRR + (long long)m.low * l.rank * l.rank;
+  if (threadIdx.x == 0) bring_near(maps, m.seen * l.rank * l.rank * sizeof(num));
   if (l.early) gather(l, b, m);
   await(team);
-#pragma unroll 2
-  for (int i = threadIdx.x; i < m.seen * l.rank; i += THREADS)
-    m.query[i] = read(l.query_BKR + b * l.query_stride + m.low * l.rank + i);
+  if (r < l.rank) m.asked[r] = read(l.front + b * l.front_stride + l.query_at + r);
   if (!l.early) gather(l, b, m);
   if (threadIdx.x >= THREADS - WARP) {
     const float window = predict_window(l, b);
     ROLLED for (int k = threadIdx.x % WARP; k < l.horizons; k += WARP) m.weight[k] = rounded(inclusion(l, window, k));
   }
   __syncthreads();
+  map_query(maps, m.seen * l.rank, l.rank, m.asked, m.query);
   score_candidates(l, m);
   __syncthreads();
   normalise(l, b, m);

@@ -53,10 +53,8 @@ struct Product {
   const num* scale_N;
   const num* strength;
   SkipPath path;  // LAYER_END: of the rows that skip
-  const float* prior_N;
-  float* wide_out;  // SCORED: the scores
-  float* best;      // SCORED, LOGITS: the best of each block, [blocks, ROWS]
-  int* best_index;  // LOGITS
+  float* best;  // LOGITS: the best of each block, [blocks, ROWS]
+  int* best_index;
   const int* size_B;
   const float* sum_Bd;
   num* ring[2];
@@ -64,17 +62,17 @@ struct Product {
 };
 
 // NORMED: weight * round(x / rms), as the backbone norms; PRENORMED: round(weight * x / rms), as nn.RMSNorm;
-// UNIT: without weight; MEAN: sum / size.
-enum Input { PLAIN, NORMED, UNIT, PRENORMED, MEAN };
+// UNIT: without weight; MEAN: sum / size. BOTH: NORMED, and UNIT for the rows of the third matrix. HELD: what the product
+// in front left in the room.
+enum Input { PLAIN, NORMED, UNIT, PRENORMED, MEAN, BOTH, HELD };
 // STORE: W·x + b. AFFINE: b + s·W·x. RESIDUAL: r + W·x. LAYER_END: that, or the skip path. GATED: silu(W_1·x)·W_2·x.
-// INJECT: r + s·W·x, or r where the row skips. SCORED: float32, plus a prior, with the
-// best of each block. LOGITS: likewise. RING: into the ring of closed chunks.
-enum Output { STORE, AFFINE, RESIDUAL, LAYER_END, GATED, INJECT, SCORED, LOGITS, RING };
+// INJECT: r + s·W·x, or r where the row skips. LOGITS: with the best of each block. RING: into the ring of closed chunks.
+enum Output { STORE, AFFINE, RESIDUAL, LAYER_END, GATED, INJECT, LOGITS, RING };
 
 // --- input --------------------------------------------------------------------------------------------
 
-// What a thread staged of a row, normed in place.
-__device__ __forceinline__ void norm_row(int input, num* x, const num* norm, int columns, int from, int stride,
+// What a thread staged of a row, normed in place; BOTH: and without weight into `bare`.
+__device__ __forceinline__ void norm_row(int input, num* x, num* bare, const num* norm, int columns, int from, int stride,
                                          float inverse) {
 #pragma unroll 2
   for (int k = from; k < columns / LANE_NUMS; k += stride) {
@@ -84,9 +82,12 @@ __device__ __forceinline__ void norm_row(int input, num* x, const num* norm, int
 #pragma unroll
     for (int i = 0; i < LANE_NUMS; ++i) {
       v[i] *= inverse;
-      if (input == NORMED) v[i] = rounded(v[i]);
-      if (input != UNIT) v[i] *= weight[i];
+      if (input == NORMED || input == BOTH) v[i] = rounded(v[i]);
     }
+    if (input == BOTH) ((uint4*)bare)[k] = pack(v);
+    if (input != UNIT)
+#pragma unroll
+      for (int i = 0; i < LANE_NUMS; ++i) v[i] *= weight[i];
     ((uint4*)x)[k] = pack(v);
   }
 }
@@ -132,7 +133,7 @@ __device__ __forceinline__ void stage(const Product& p, int input, num* x, const
     __syncthreads();
     square = 0.f;
     ROLLED for (int w = warp / each * each; w < warp / each * each + each && w < WARPS; ++w) square += scratch[w];
-    if (mine) norm_row(input, row, norm, columns, from, stride, rsqrtf(square / columns + p.eps));
+    if (mine) norm_row(input, row, row + ROWS * columns, norm, columns, from, stride, rsqrtf(square / columns + p.eps));
     __syncthreads();
   }
   __syncthreads();
@@ -149,7 +150,6 @@ __device__ __forceinline__ Terms terms_of(const Product& p, int output, int b, i
   Terms t = {};
   if (output == RESIDUAL || output == LAYER_END || output == INJECT) t.residual = read(p.residual_Bd + b * p.out_stride + n);
   if (p.bias_N) t.bias = widen(p.bias_N[n]);
-  if (output == SCORED) t.bias = p.prior_N[n];
   if (output == AFFINE) t.scale = widen(p.scale_N[n]);
   if (output == INJECT) t.scale = widen(p.strength[0]);
   return t;
@@ -169,7 +169,6 @@ __device__ __forceinline__ void finish(const Product& p, int output, int b, int 
   if (output == AFFINE) p.out[at] = narrow(terms.bias + v * terms.scale);
   if (output == RESIDUAL || output == LAYER_END) p.out[at] = narrow(terms.residual + v);
   if (output == GATED) p.out[at] = narrow(rounded(silu(v)) * rounded(second));
-  if (output == SCORED) p.wide_out[at] = v + terms.bias;
   if (output == INJECT) p.out[at] = narrow(skipped ? terms.residual : terms.residual + v * terms.scale);
   if (output == RING && __ldcg(p.weights.slot_B + b) >= 0) {
     const int half = n >= p.weights.rows[0], column = n - half * p.weights.rows[0];
@@ -220,17 +219,16 @@ __device__ __forceinline__ void output_stage(const Product& p, int output, const
       finish(p, output, b, first_row / 2 + pair, part_sum(splits, sums, pair, b),
              part_sum(splits, sums, count / 2 + pair, b), true, early);
     }
-  } else if (output == LOGITS || output == SCORED) {
+  } else if (output == LOGITS) {
     ROLLED for (int b = 0; b < ROWS; ++b) {
       float value = MINUS_INFINITY;
       int index = 0x7fffffff;
       ROLLED for (int j = threadIdx.x; j < count; j += THREADS) {
         const float sum = part_sum(splits, sums, j, b);
         finish(p, output, b, first_row + j, sum, 0.f, true, terms_of(p, output, b, first_row + j));
-        better(value, index, output == SCORED ? rounded(sum) + p.prior_N[first_row + j] : rounded(sum), first_row + j);
+        better(value, index, rounded(sum), first_row + j);
       }
-      block_best(value, index, fixed, p.best + blockIdx.x * ROWS + b,
-                 output == LOGITS ? p.best_index + blockIdx.x * ROWS + b : nullptr);
+      block_best(value, index, fixed, p.best + blockIdx.x * ROWS + b, p.best_index + blockIdx.x * ROWS + b);
     }
   } else {
     ROLLED for (int i = threadIdx.x; i < count * ROWS; i += THREADS) {
@@ -260,14 +258,15 @@ __device__ __forceinline__ void multiply(const Weights& w, const num* x, const n
   }
 }
 
-// A warp's share of the units; their sums into sums[(unit, OUT_ROWS, ROWS)].
-__device__ __forceinline__ void run_stream(const Weights& given, int units, Stream& s, const num* x, float* sums) {
+// A warp's share of the units; their sums into sums[(unit, OUT_ROWS, ROWS)]. From the group `bare` of these on the inputs
+// are those behind the first ones.
+__device__ __forceinline__ void run_stream(const Weights& given, int units, int bare, Stream& s, const num* x, float* sums) {
   const Weights w = given;  // in registers
   const int lane = threadIdx.x % WARP, bytes = OUT_ROWS * w.chunk * sizeof(num);
   float acc[OUT_ROWS][ROWS] = {};
   int unit = threadIdx.x / WARP, chunk = 0, column = 0;
   ROLLED while (unit < units) {
-    if (chunk == 0) column = unit % w.splits * w.unit_chunks * w.chunk;
+    if (chunk == 0) column = unit % w.splits * w.unit_chunks * w.chunk + (unit / w.splits < bare ? 0 : ROWS * w.columns);
     multiply(w, x + column, await_piece(s, bytes), acc);
     leave_piece(s, bytes);
     column += w.chunk;
@@ -291,7 +290,7 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
                                         Fixed& fixed, unsigned char* room) {
   const Weights& w = p.weights;
   num* x = (num*)room;
-  num* norm = x + ROWS * w.columns;
+  num* norm = x + (input == BOTH ? 2 : 1) * ROWS * w.columns;
   float* sums = (float*)(norm + (p.norm ? w.columns : 0));
   int first, end;
   share_of(w, first, end);
@@ -301,10 +300,10 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
       copy_aside((uint4*)norm + k, (const uint4*)p.norm + k);
   await_copies();
   await(team);
-  if (first == end) return;
+  if (first == end && input != BOTH) return;  // those leave their input to the product behind as well
   const bool runs = layer_runs(w.skip_B, team);
   if (idle(w, end, runs)) {
-    pass(s, number);
+    pass(s, number, number + 1);
     if (output == INJECT)
       ROLLED for (int i = threadIdx.x; i < (end_row - first * OUT_ROWS) * ROWS; i += THREADS) {
         const int b = i % ROWS, n = first * OUT_ROWS + i / ROWS;
@@ -313,12 +312,14 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
     return;
   }
   if (!runs && w.kept_from > first * OUT_ROWS) first = w.kept_from / OUT_ROWS;
-  meet(s, number, first);
+  if (first != end) meet(s, number, first);
   Terms early = {};
   if (output != LOGITS && output != GATED && (int)threadIdx.x < (end_row - first * OUT_ROWS) * ROWS)
     early = terms_of(p, output, threadIdx.x % ROWS, first * OUT_ROWS + threadIdx.x / ROWS);
-  stage(p, input, x, norm, fixed.scratch);
-  run_stream(w, (end - first) * w.splits, s, x, sums);
+  if (input != HELD) stage(p, input, x, norm, fixed.scratch);
+  if (first == end) return;
+  const int bare = input == BOTH ? (w.rows[0] + w.rows[1]) / OUT_ROWS - first : end;
+  run_stream(w, (end - first) * w.splits, bare, s, x, sums);
   __syncthreads();
   close_product(s);
   output_stage(p, output, sums, first * OUT_ROWS, end_row - first * OUT_ROWS, early, fixed);

@@ -4,11 +4,17 @@
 
 struct Call {
   int kernel;
-  int quiet;         // no arrival behind it, 1: ever; 2: where the rows of quiet_B all skip
-  int product;       // its number among the products, -1: it is none
+  int quiet;         // no arrival behind it, 1: ever; 2: where the rows of quiet_B all skip; 3: where one of them runs
+  int product;       // the number of the first product from this call on
   int void_where;    // 0: nobody of void_B runs; 1: no row closes a chunk in void_B; 2: somebody of void_B runs
+  int past_call;     // where it goes on if the call is void,
+  int past_product;  // and the first product from there on
+  int next_where;    // the same of the next call, whose flags are known before this one is done
+  int next_call;
+  int next_product;
   const int* quiet_B;
   const int* void_B; // null: the call is never void
+  const int* next_B; // null: or not known yet
   __align__(16) unsigned char arguments[ARGUMENT_BYTES];
 };
 
@@ -37,11 +43,12 @@ struct Program {
   PRODUCT(20, product_down, PLAIN, LAYER_END)        \
   PRODUCT(21, product_logits, NORMED, LOGITS)        \
   PRODUCT(22, product_plain, PLAIN, STORE)           \
-  PRODUCT(23, product_scores, PLAIN, SCORED)         \
   PRODUCT(24, product_inject_preview, PRENORMED, INJECT) \
   PRODUCT(25, product_inject_chunks, PLAIN, INJECT)  \
   PRODUCT(26, product_summary, MEAN, STORE)          \
-  PRODUCT(27, product_ring, PLAIN, RING)
+  PRODUCT(27, product_ring, PLAIN, RING)             \
+  PRODUCT(28, product_entry, BOTH, STORE)            \
+  PRODUCT(29, product_query, HELD, STORE)
 
 struct Block {
   Team team;
@@ -90,7 +97,19 @@ __device__ __forceinline__ bool is_void(const Call& c, Team& team) {
 }
 
 __device__ __forceinline__ bool is_quiet(const Call& c, Team& team) {
-  return c.quiet == 1 || (c.quiet == 2 && !layer_runs(c.quiet_B, team));
+  return c.quiet == 1 || (c.quiet && layer_runs(c.quiet_B, team) == (c.quiet == 3));
+}
+
+#define FIRST_PRODUCT 16
+
+// Where it goes on behind a call, or, where that is void, behind all that are void for the same reason. Their weights
+// are not wanted.
+__device__ __forceinline__ int next_of(const Call& c, int at, bool nothing, int end_product, Block& b) {
+  const bool passes = !nothing && c.next_B && layer_runs(c.next_B, b.team) == (c.next_where == 2);
+  if (!nothing && !passes) return at + 1;
+  pass(b.stream, c.product + (!nothing && c.kernel >= FIRST_PRODUCT),
+       min(nothing ? c.past_product : c.next_product, end_product));
+  return nothing ? c.past_call : c.next_call;
 }
 
 __device__ __forceinline__ void make_call(const Call& c, int number, Block& b) {
@@ -101,7 +120,9 @@ __device__ __forceinline__ void make_call(const Call& c, int number, Block& b) {
     case 2: attention(*(const Attention*)c.arguments, b.team, *(AttentionShared*)b.room); break;
     case 3: decide(*(const Decision*)c.arguments, b.team, *b.fixed, b.room); break;
     case 10: skip_end(*(const SkipEnd*)c.arguments, b.team); break;
+    case 11: leave_entry(*(const Attention*)c.arguments, b.team, *(AttentionShared*)b.room); break;
     case 4: move(*(const Move*)c.arguments, b.team, *b.fixed); break;
+    case 12: scores(*(const Scores*)c.arguments, b.team, *b.fixed, b.room); break;
     case 5: shortlist(*(const Shortlist*)c.arguments, b.team, *b.fixed, b.room); break;
     case 6: look(*(const Look*)c.arguments, b.team, *b.fixed, b.room); break;
     case 7: boundary(*(const Boundary*)c.arguments, b.team); break;
@@ -125,21 +146,25 @@ __device__ __forceinline__ void work(const Program& p, unsigned char* shared) {
   Block b = open_block(p, shared);
   if (threadIdx.x < WARP) copy_call(p.calls + p.first, held);
   __syncthreads();
-  ROLLED for (int at = p.first; at < p.end; ++at) {
-    const Call& c = held[(at - p.first) % 2];
-    const bool more = at + 1 < p.end;
-    if (more && threadIdx.x >= THREADS - WARP) copy_call(p.calls + at + 1, held + (at + 1 - p.first) % 2);
-    if (is_void(c, b.team)) {
-      if (c.product >= 0) pass(b.stream, c.product);
+  int place = 0;
+  ROLLED for (int at = p.first, next; at < p.end; at = next) {
+    const Call& c = held[place];
+    const bool nothing = is_void(c, b.team);
+    next = next_of(c, at, nothing, p.end_product, b);
+    place ^= 1;
+    const bool more = next < p.end;
+    if (more && threadIdx.x >= THREADS - WARP) copy_call(p.calls + next, held + place);
+    if (nothing) {
       __syncthreads();
     } else {
       make_call(c, c.product, b);
-      await(b.team);  // a block that had no part in the call
-      const bool tells = more && !is_quiet(c, b.team);
+      const bool quiet = more && is_quiet(c, b.team);
+      if (!quiet) await(b.team);  // a block that had no part in the call
       __syncthreads();  // from here on nobody looks at c
-      if (tells) arrive(b.team);
+      if (more && !quiet) arrive(b.team);
     }
-    if (p.cycles && blockIdx.x == 0 && threadIdx.x == 0) p.cycles[at] = clock64();
+    if (p.cycles && blockIdx.x == 0 && threadIdx.x == 0)
+      ROLLED for (int passed = at; passed < min(next, p.end); ++passed) p.cycles[passed] = clock64();
   }
   if (threadIdx.x == 0) {
     p.epochs[blockIdx.x] = b.team.epoch;

@@ -155,9 +155,11 @@ __device__ __forceinline__ void meet(Stream& s, int product, int first) {
   if (next_product(s) != product || s.orders->first[s.opened % MOST_OPENED] != first) turn_to(s, product, first);
 }
 
-// By all threads: the weights of a product are not wanted.
-__device__ __forceinline__ void pass(Stream& s, int product) {
-  if (next_product(s) == product) turn_to(s, product + 1, -1);
+// By all threads: the weights of the products [from, end) are not wanted.
+__device__ __forceinline__ void pass(Stream& s, int from, int end) {
+  if (from >= end) return;
+  const int next = next_product(s);
+  if (from <= next && next < end) turn_to(s, end, -1);
 }
 
 // All warps are through with a product's weights.
