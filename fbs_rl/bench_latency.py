@@ -40,25 +40,28 @@ ENGINES = ("transformers", "incremental", "graph", STOCK, PLUGIN)
 
 def main(argv: list[str]) -> int:
     """Runs a subcommand; exit code 2, with one sentence, for settings that cannot work."""
-    arguments = _parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         if arguments.what == "table":
             print(_saved_table(arguments.files))
             return 0
         # Libraries that are imported on the way print to where the result goes.
         with redirect_stdout(sys.stderr):
-            result = run(arguments)
+            result = run(arguments, lambda so_far: _save(so_far, arguments.out, arguments.what))
     except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    if arguments.out is not None:
-        _save(result, Path(arguments.out), arguments.what)
     print(json.dumps(result) if arguments.json else describe(result))
     return 0
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure all batches. Raises ValueError or OSError for settings that cannot work."""
+def run(
+    arguments: argparse.Namespace, keep: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Measure all batches; `keep` is given the result as it is after each.
+
+    Raises ValueError or OSError for settings that cannot work.
+    """
     device, dtype = _device(arguments.device), getattr(torch, arguments.dtype)
     own = "graph" if device.type == "cuda" else "incremental"
     named: str = arguments.engines or f"transformers,{own}"
@@ -69,19 +72,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     most = Workload(max(batches), arguments.prompt_tokens, arguments.new_tokens)
     served = list(dict.fromkeys(v.engine for v in variants if v.engine in (STOCK, PLUGIN)))
     options = VLLMOptions(dtype, device, _overrides(arguments.vllm), _overrides(arguments.serving))
-    rows = []
     with start(served, plain, models[True], most, options) as processes:
+        result: dict[str, Any] = {
+            "settings": {k: v for k, v in vars(arguments).items() if k != "files"},
+            "host": describe_device(device) | {"copy_bytes_per_s": bandwidth},
+            "vllm": {name: dataclasses.asdict(facts) for name, facts in processes.facts.items()},
+            "random_weights": arguments.geometry is not None,
+            "rows": [],
+        }
         for batch in batches:
             load = dataclasses.replace(most, rows=batch)
             makers = {v.name: _maker(v, load, plain, models, processes) for v in variants}
-            rows += _measured(variants, makers, load, bandwidth, plain, arguments)
-    return {
-        "settings": {k: v for k, v in vars(arguments).items() if k != "files"},
-        "host": describe_device(device) | {"copy_bytes_per_s": bandwidth},
-        "vllm": {name: dataclasses.asdict(facts) for name, facts in processes.facts.items()},
-        "random_weights": arguments.geometry is not None,
-        "rows": rows,
-    }
+            result["rows"] += _measured(variants, makers, load, bandwidth, plain, arguments)
+            keep(result)
+    return result
 
 
 def _maker(
@@ -205,8 +209,11 @@ def describe(result: dict[str, Any]) -> str:
     )
 
 
-def _save(result: dict[str, Any], folder: Path, what: str) -> None:
-    """WHAT.json, WHAT.md and WHAT.png."""
+def _save(result: dict[str, Any], out: str | None, what: str) -> None:
+    """WHAT.json, WHAT.md and WHAT.png in the folder `out`, if one is wanted."""
+    if out is None:
+        return
+    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{what}.json").write_text(json.dumps(result))
     (folder / f"{what}.md").write_text(describe(result) + "\n")
@@ -217,6 +224,11 @@ def _saved_table(files: list[str]) -> str:
     if not files:
         raise ValueError("table needs files that `latency`, `batch` or `overhead` saved with --out")
     return "\n\n".join(describe(json.loads(Path(name).read_text())) for name in files)
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The settings that these words of a command line give."""
+    return _parser().parse_args(list(words))
 
 
 def _parser() -> argparse.ArgumentParser:

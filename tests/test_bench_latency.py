@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fbs_rl.bench import main
-from fbs_rl.bench_latency import describe
+from fbs_rl.bench_latency import describe, parse, run
 from fbs_rl.decode.graph_decoder import kernel_shape
 from fbs_rl.latency_engines import StepTrace, Variant, Workload, hold_gates, make_engine
 from fbs_rl.latency_figures import bootstrap_interval, entropy_slices
@@ -190,6 +190,15 @@ def test_graph_engines_of_one_model_skip_what_each_was_told(place: str) -> None:
         assert skip_LBT is not None
         shares.append(float(skip_LBT.float().mean()))
     assert shares == [0.0, 0.5, 0.5]
+
+
+def test_a_batch_that_is_measured_is_kept_before_the_next_begins() -> None:
+    """What takes minutes must not be lost with what comes after it."""
+    kept: list[list[int]] = []
+    few = words("batch", "--batches", "1,2", "--skip", "0.5")
+    result = run(parse(few), lambda made: kept.append([row["batch"] for row in made["rows"]]))
+    assert kept == [[1] * (len(kept[1]) // 2), [row["batch"] for row in result["rows"]]]
+    assert set(kept[1]) == {1, 2}
 
 
 def test_held_gates_answer_what_they_are_told() -> None:

@@ -105,6 +105,25 @@ def test_calls_that_are_void_for_the_same_reason_are_passed_over(
             assert bool(out[place].isnan().all())
 
 
+def test_a_ring_of_one_piece_is_enough(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece that is longer than the one in front and does not fit behind it: it must not wait for room for both."""
+    short, long = bench.normal(96, 240), bench.normal(96, 320)
+    x, out = bench.normal(ROWS, 320), [bench.blank(ROWS, 96) for _ in range(4)]
+    calls = [
+        bench.product_call("product_plain", [weight], input=x, input_stride=320, out=made, out_stride=96)
+        for weight, made in zip((short, long, short, long), out, strict=True)
+    ]  # fmt: skip
+    pieces = {call.arguments.weights.chunk for call in calls}
+    longest = bench.shape.out_rows * max(pieces) * (16 // bench.shape.lane_numbers)
+    assert len(pieces) == 2 and longest % 128 == 0
+    monkeypatch.setattr("fbs_rl.decode.program._MOST_RING_BYTES", longest)
+    program = Program.of(calls, bench.shape, bench.launcher.multiprocessors, bench.device)
+    assert program.ring_bytes == longest
+    bench.launcher.run(program, 0, len(calls))
+    for made, weight in zip(out, (short, long, short, long), strict=True):
+        assert_close(made, x[:, : weight.shape[1]].double() @ weight.double().T, bench.dtype)
+
+
 def test_a_program_without_room_is_refused() -> None:
     weight, shape = torch.zeros(64, 9728), KernelShape(8, False, 128, 4)
     plan = ProductPlan.of(64, 9728, shape, 132)

@@ -271,8 +271,11 @@ __device__ __forceinline__ void ask_along(const Orders& o, const Supply& p, u32 
   ROLLED while (a.left && a.mark.number - a.arrived < a.most) {
     Mark mark = a.mark;
     make_whole(mark, a.bytes, p.ring_bytes);
-    if (mark.passed + a.bytes - (u32)taken > p.ring_bytes) bring_next_near(w, p, a);
-    if (mark.passed + a.bytes - (u32)taken > p.ring_bytes || mark.number - (u32)(taken >> 32) >= MOST_PIECES) return;
+    const u32 kept = mark.number - (u32)(taken >> 32);  // pieces that are there or on their way
+    // An empty ring has room for any piece, whatever was passed over at its end to make it whole.
+    const bool full = kept && mark.passed + a.bytes - (u32)taken > p.ring_bytes;
+    if (full) bring_next_near(w, p, a);
+    if (full || kept >= MOST_PIECES) return;
     a.mark = mark;
     ask(w, p, a);
   }
