@@ -24,7 +24,7 @@ class EngineWeights(MasterWeights):
 
         super().__init__(named, settings)
         self.engine: Any = deepspeed.initialize(
-            model=_Held(self.masters.values()),
+            model=nn.ParameterList(self.masters.values()),  # has no forward pass, and needs none
             optimizer=self.optimizer,
             config={
                 # Losses are shares of a step's sum, and how many calls a rank makes differs from rank to rank.
@@ -45,11 +45,3 @@ class EngineWeights(MasterWeights):
 
     def apply(self) -> None:
         self.engine.step()
-
-
-class _Held(nn.Module):
-    """The module that the engine is given: it has parameters and no forward pass."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__()
-        self.held = nn.ParameterList(parameters)

@@ -27,6 +27,7 @@ from fbs_rl.gate_trace import GateTrace
 from fbs_rl.latency_engines import StepTrace, Variant, Workload, bar_of, logits_of_share
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.modeling import FBSForCausalLM
+from fbs_rl.serving.engine_options import gpu_share
 from fbs_rl.types import GateMode
 
 STOCK, PLUGIN = "vllm", "vllm-fbs"
@@ -91,7 +92,7 @@ def _spec(
         cache = max(_LEAST_CACHE_BYTES, 2 * _cache_bytes(config, most, options.dtype))
         total = torch.cuda.get_device_properties(options.device).total_memory
         given["kv_cache_memory_bytes"] = cache
-        given["gpu_memory_utilization"] = min(0.9, round((weight_bytes + cache) / total, 3))
+        given["gpu_memory_utilization"] = gpu_share(weight_bytes, cache, total)
     if name == PLUGIN and options.serving:
         given["additional_config"] = {"fbs": dict(options.serving)}
     return EngineSpec(

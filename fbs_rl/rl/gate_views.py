@@ -8,10 +8,9 @@ Shape letters: L layers, B rows, C gate columns, E width of a pooled preview.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,8 @@ from fbs_rl.rl.replay import ReplayBatch, replay
 from fbs_rl.types import GateInputs
 
 _FLOAT32_BYTES = 4
+View = tuple[Tensor, Tensor, Foresight | None]
+"""The arguments of SkipGate.forward, at a batch's columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,12 @@ class _Sight:
 
 @dataclass(frozen=True, slots=True)
 class GateViews:
-    """What the gates of a batch read. of_layer: the arguments of SkipGate.forward, by leader.
+    """What the gates of a batch read. of_layer: by leader.
 
     acts_BC: where a column is no padding. state_BCd: as in Replayed.
     """
 
-    of_layer: Mapping[int, tuple[Tensor, Tensor, Foresight | None]]
+    of_layer: Mapping[int, View]
     acts_BC: Tensor
     state_BCd: Tensor | None = None
 
@@ -75,22 +76,16 @@ def see(
     state_layer: int | None = None,
 ) -> GateViews:
     """Replay a batch once, without gradient, and keep what its gates read at their columns; errors as of replay()."""
-    views: dict[int, tuple[Tensor, Tensor, Foresight | None]] = {}
-    sights: dict[
-        int, tuple[Any, _Sight]
-    ] = {}  # by identity: gates up to the next PAW layer share one
+    views: dict[int, View] = {}
+    # By identity, since gates up to the next PAW layer share a glance; it is held, or another could take its identity.
+    sights: dict[int, tuple[Foresight, Foresight]] = {}
 
     def keep(layer: int, normed: Tensor, motion: Tensor, glance: Foresight | None) -> None:
         sight = None
         if glance is not None:
             if id(glance) not in sights:
-                columns = (
-                    _columns(t, batch.place_BC) for t in (glance.pooled_BTE, glance.entropy_BT)
-                )
-                sights[id(glance)] = (
-                    glance,
-                    _Sight(*columns),
-                )  # held: an identity is free again with its object
+                seen = (glance.pooled_BTE, glance.entropy_BT)
+                sights[id(glance)] = glance, _Sight(*(_columns(t, batch.place_BC) for t in seen))
             sight = sights[id(glance)][1]
         views[layer] = (_columns(normed, batch.place_BC), _columns(motion, batch.place_BC), sight)
 
@@ -121,7 +116,7 @@ def _gates(model: FBSForCausalLM) -> dict[int, SkipGate]:
 
 
 @contextmanager
-def _watched(gates: Mapping[int, SkipGate], keep: Any) -> Iterator[None]:
+def _watched(gates: Mapping[int, SkipGate], keep: Callable[..., None]) -> Iterator[None]:
     """Let `keep` have a gate's layer and arguments whenever it is asked."""
     handles = [
         gate.register_forward_pre_hook(lambda _, given, layer=layer: keep(layer, *given))
@@ -143,7 +138,7 @@ def _columns(tensor_BTX: Tensor, place_BC: Tensor) -> Tensor:
 def _ask(
     gate: SkipGate,
     prefix: str,
-    view: tuple[Tensor, Tensor, Foresight | None],
+    view: View,
     tensors: Mapping[str, Tensor] | None,
 ) -> Tensor:
     if tensors is None:

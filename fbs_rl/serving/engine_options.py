@@ -46,19 +46,12 @@ class EngineOptions:
         ServingSettings(decode_path=self.decode_path)
 
     def gpu_share(self, folder: str | Path, total_bytes: int) -> float:
-        """The part of a GPU with `total_bytes` that an engine of this folder needs, and must find free at its start.
-
-        Others may be on that GPU: vLLM's own default, nearly all of it, would refuse to start beside a learner.
-        """
+        """As the function of this name, for the weights in `folder`."""
         weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-        needed = weights + (self.kv_cache_gib + _ACTIVATIONS_GIB) * _GIB
-        return min(_LARGEST_SHARE, round(needed / total_bytes, 3))
+        return gpu_share(weights, int(self.kv_cache_gib * _GIB), total_bytes)
 
-    def to_vllm(self, memory_share: float = 0.5) -> dict[str, Any]:
-        """Arguments of vllm.LLM. No prefix cache: what it has seen before would move the last bits.
-
-        memory_share: of the device that must be free at the start.
-        """
+    def to_vllm(self) -> dict[str, Any]:
+        """Arguments of vllm.LLM. No prefix cache: what it has seen before would move the last bits."""
         return {
             "max_model_len": self.max_model_tokens,
             "dtype": self.dtype,
@@ -67,7 +60,7 @@ class EngineOptions:
             # After each piece of a prompt vLLM rewinds the request's generator, which those of CPUs cannot.
             "enable_chunked_prefill": False,
             "kv_cache_memory_bytes": int(self.kv_cache_gib * _GIB),
-            "gpu_memory_utilization": memory_share,
+            "gpu_memory_utilization": 0.5,  # of a CPU's memory too, that must be free at the start
             "enable_prefix_caching": False,
             "logprobs_mode": "raw_logprobs",
             "generation_config": "vllm",  # the model's own end tokens say nothing here
@@ -75,6 +68,15 @@ class EngineOptions:
             # A trace must wait for the slowest request of its batch.
             "additional_config": {"fbs": {"decode_path": self.decode_path, "trace_s": _DAY_S}},
         }
+
+
+def gpu_share(weight_bytes: int, cache_bytes: int, total_bytes: int) -> float:
+    """The part of a GPU with `total_bytes` that an engine needs, and must find free at its start.
+
+    Others may be on that GPU: vLLM's own default, nearly all of it, would refuse to start beside a learner.
+    """
+    needed = weight_bytes + cache_bytes + _ACTIVATIONS_GIB * _GIB
+    return min(_LARGEST_SHARE, round(needed / total_bytes, 3))
 
 
 def folder_digest(folder: str | Path) -> str:

@@ -75,10 +75,11 @@ class RolloutEngine:
             )
         from vllm import LLM
 
-        if not torch.cuda.is_available():
-            return cls(LLM(folder, **options.to_vllm()))
-        share = options.gpu_share(folder, torch.cuda.get_device_properties(0).total_memory)
-        return cls(LLM(folder, **options.to_vllm(share)))
+        given = options.to_vllm()
+        if torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(0).total_memory
+            given["gpu_memory_utilization"] = options.gpu_share(folder, total)
+        return cls(LLM(folder, **given))
 
     @property
     def reference_tokens(self) -> int:

@@ -1,40 +1,5 @@
 // PAW, after its products: the shortlist's best candidates, and what a PAW layer sees (SPEC 2).
 
-#define MAPPED_AT_ONCE 8  // rows of a thread
-
-// out[r] = row r · x, `size` numbers each; row 0 lies at `first`, the others from `rest` on. Several threads a row.
-__device__ ONE_COPY void multiply_rows(const num* first, const num* rest, int stride, int count, int size, const float* x,
-                                       float* out) {
-  int lanes = 1;
-  while (lanes * 2 * LANE_NUMS <= size && lanes < WARP) lanes *= 2;
-  const int lane = threadIdx.x % lanes, step = THREADS / lanes;
-  ROLLED for (int from = 0; from < count; from += MAPPED_AT_ONCE * step) {
-    const int mine = from + threadIdx.x / lanes;
-    float sum[MAPPED_AT_ONCE] = {};
-    ROLLED for (int i = lane * LANE_NUMS; i < size; i += lanes * LANE_NUMS) {
-      uint4 held[MAPPED_AT_ONCE];
-#pragma unroll
-      for (int r = 0; r < MAPPED_AT_ONCE; ++r) {
-        const int row = min(mine + r * step, count - 1);
-        held[r] = __ldcg((const uint4*)((row ? rest + (long long)(row - 1) * stride : first) + i));
-      }
-#pragma unroll
-      for (int r = 0; r < MAPPED_AT_ONCE; ++r) {
-        float v[LANE_NUMS];
-        unpack(held[r], v);
-#pragma unroll
-        for (int j = 0; j < LANE_NUMS; ++j) sum[r] = fmaf(x[i + j], v[j], sum[r]);
-      }
-    }
-    ROLLED for (int d = lanes / 2; d; d /= 2)
-#pragma unroll
-      for (int r = 0; r < MAPPED_AT_ONCE; ++r) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], d);
-#pragma unroll
-    for (int r = 0; r < MAPPED_AT_ONCE; ++r)
-      if (lane == 0 && mine + r * step < count) out[mine + r * step] = sum[r];
-  }
-}
-
 // Scores of all candidates: the mean horizon's query with each, and the prior. A share of them a block.
 struct Scores {
   const num* front;

@@ -112,7 +112,7 @@ __device__ __forceinline__ int next_of(const Call& c, int at, bool nothing, int 
   return nothing ? c.past_call : c.next_call;
 }
 
-__device__ __forceinline__ void make_call(const Call& c, int number, Block& b) {
+__device__ __forceinline__ void make_call(const Call& c, Block& b) {
   int input = -1, output = -1;
   switch (c.kernel) {
     case 0: embed(*(const Embed*)c.arguments, b.team); break;
@@ -133,7 +133,7 @@ __device__ __forceinline__ void make_call(const Call& c, int number, Block& b) {
     PRODUCTS(PRODUCT)
   }
   if (output >= 0)
-    product(*(const Product*)c.arguments, input, output, number, b.stream, b.team, *b.fixed, b.room);
+    product(*(const Product*)c.arguments, input, output, c.product, b.stream, b.team, *b.fixed, b.room);
 }
 
 __device__ __forceinline__ void copy_call(const Call* from, Call* to) {
@@ -157,7 +157,7 @@ __device__ __forceinline__ void work(const Program& p, unsigned char* shared) {
     if (nothing) {
       __syncthreads();
     } else {
-      make_call(c, c.product, b);
+      make_call(c, b);
       const bool quiet = more && is_quiet(c, b.team);
       if (!quiet) await(b.team);  // a block that had no part in the call
       __syncthreads();  // from here on nobody looks at c
