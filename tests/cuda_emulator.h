@@ -49,7 +49,7 @@ struct Fiber {
   int turn = 0;
 };
 
-#define MOST_FIBERS 1024
+#define MOST_FIBERS 1536
 static std::vector<Fiber> fibers(MOST_FIBERS);
 static jmp_buf scheduler;
 static unsigned running;  // threads of a block lie side by side, blocks are whole warps
@@ -62,7 +62,7 @@ inline void yield_at(Wait wait) {
   if (!_setjmp(fibers[running].place)) _longjmp(scheduler, 1);
 }
 inline void __syncthreads() { yield_at(AT_BLOCK); }  // of those who work on calls
-inline void sync_all() { yield_at(AT_ALL); }         // and the warp that asks for weights
+inline void sync_all() { yield_at(AT_ALL); }         // and the warps that ask for weights
 inline void __syncwarp() { yield_at(AT_WARP); }
 
 template <class T> inline T exchange(T value, int from) {

@@ -28,12 +28,13 @@ typedef float num;
 #endif
 
 #define WARP 32
-#define WARPS 8  // of a block, that work on its calls; one more asks for their weights (weights.cu)
+#define WARPS 8   // of a block, that work on its calls
+#define ASKERS 4  // that ask for their weights (weights.cu)
 #define THREADS (WARP * WARPS)
-#define ALL_THREADS (THREADS + WARP)
+#define ALL_THREADS (THREADS + WARP * ASKERS)
 
 #ifndef EMULATED
-// Calls are the business of the first THREADS threads: the last warp takes no part in what they wait for.
+// Calls are the business of the first THREADS threads: the other warps take no part in what they wait for.
 __device__ __forceinline__ void sync_workers() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 __device__ __forceinline__ void sync_all() { asm volatile("bar.sync 0;" ::: "memory"); }
 #define __syncthreads() sync_workers()

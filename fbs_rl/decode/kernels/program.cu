@@ -174,7 +174,7 @@ __device__ __forceinline__ void work(const Program& p, unsigned char* shared) {
 
 __device__ __forceinline__ void walk(const Program& p, unsigned char* shared) {
   Front& front = *(Front*)shared;
-  if (threadIdx.x >= THREADS) lay_out(front);
+  if (threadIdx.x >= ALL_THREADS - WARP) lay_out(front);
   sync_all();
   if (threadIdx.x < THREADS) {
     work(p, shared);

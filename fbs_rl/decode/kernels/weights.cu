@@ -51,21 +51,24 @@ __device__ __forceinline__ bool idle(const Weights& w, int end, bool runs) {
 }
 
 // The weights of a program's products, one behind the other, come in pieces of a chunk of OUT_ROWS rows, each into the
-// ring of shared memory of the warp that multiplies it. The last warp of the block asks the copy engine for them, a lane
-// for each ring, as far ahead as there is room, across the bounds of products; but no more than a window at a time is
-// on its way, for small reads wait behind it. Which products run is a guess where flags are still those of the token
-// before; who finds it wrong turns the stream (turn_to). Lanes count along: divisions cost more than products.
+// ring of shared memory of the warp that multiplies it. The last warps of the block ask the copy engine for them, each
+// for a few rings, a lane for each: one warp for all would be slower than the weights. They ask as far ahead as there
+// is room, across the bounds of products; but no more than a window at a time is on its way, and where a piece waits
+// for its use one at a time, for small reads wait behind it. Which products run is a guess where flags are still those
+// of the token before; who finds it wrong turns the stream (turn_to). Lanes count along: divisions cost more than
+// products.
 
-// What the warp that asks and those that multiply tell each other. Counts are those of the launch and never fall.
+// What the warps that ask and those that multiply tell each other. Counts are those of the launch and never fall.
 struct Orders {
   Weights weights[MOST_OPENED];
   int product[MOST_OPENED], first[MOST_OPENED], end[MOST_OPENED];  // whose, and of which groups
-  u32 opened;        // products that were begun
+  u32 opened;        // products that were begun; by the first of those who ask
   u32 closed;        // products that are through, or given up
   u32 turns;         // of the stream; LEAVES: no more is wanted
   int turned_to;     // product that the stream goes on with
   int turned_first;  // group that it begins with there; -1: as the flags say
-  u32 answered;      // turns that the stream took, and where it stood then:
+  u32 begun[WARPS];  // 2 · products that a ring's lane knows, + 1 if it has asked for all of them
+  u32 answered[ASKERS];  // turns that the stream took, and where it stood then:
   u32 opened_then;
   u32 number_then[WARPS], at_then[WARPS], passed_then[WARPS];
   u64 taken[WARPS];  // pieces taken · 2^32 + bytes passed
@@ -134,7 +137,8 @@ __device__ __forceinline__ void turn_to(Stream& s, int product, int first) {
     o.turned_first = first;
     tell(&o.turns, s.turns);
   }
-  while (heard(&o.answered) != s.turns) look_again();
+  ROLLED for (int i = 0; i < ASKERS; ++i)
+    while (heard(o.answered + i) != s.turns) look_again();
   ROLLED for (; s.mark.number != o.number_then[warp]; ++s.mark.number)
     wait_barrier(s.arrivals + s.mark.number % MOST_PIECES, parity_of(s.mark.number));
   s.mark.at = o.at_then[warp];
@@ -168,7 +172,7 @@ __device__ __forceinline__ void close_product(Stream& s) {
   if (threadIdx.x == 0) tell(&s.orders->closed, s.opened);
 }
 
-// --- the warp that asks ---
+// --- the warps that ask ---
 
 // All products, and how to ask for them.
 struct Supply {
@@ -186,8 +190,11 @@ struct Place {
   int group, part, chunk;
 };
 
+#define RINGS (WARPS / ASKERS)  // of a warp that asks
+
 // One ring's side of it.
 struct Asking {
+  int ring;
   Mark mark;
   u32 arrived;  // pieces
   u32 opened;   // products that it knows
@@ -205,7 +212,7 @@ struct Asking {
 __device__ __forceinline__ void begin_product(const Weights& w, int first, int end, u32 window, Asking& a) {
   a.near = 0;
   if (first == end) return;  // the end of all
-  const int ring = threadIdx.x % WARP, units = (end - first) * w.splits;
+  const int ring = a.ring, units = (end - first) * w.splits;
   a.left = units > ring ? ((units - ring - 1) / WARPS + 1) * w.unit_chunks : 0;
   a.bytes = OUT_ROWS * w.chunk * sizeof(num);
   a.most = min((u32)MOST_PIECES, max(1u, window / a.bytes));
@@ -236,9 +243,8 @@ __device__ __forceinline__ void step_on(const Weights& w, const Asking& a, Place
 }
 
 __device__ __forceinline__ void ask(const Weights& w, const Supply& p, Asking& a) {
-  const int ring = threadIdx.x % WARP;
-  u64* barrier = p.arrivals + ring * MOST_PIECES + a.mark.number % MOST_PIECES;
-  num* to = (num*)(p.rings + ring * p.ring_bytes + a.mark.at);
+  u64* barrier = p.arrivals + a.ring * MOST_PIECES + a.mark.number % MOST_PIECES;
+  num* to = (num*)(p.rings + a.ring * p.ring_bytes + a.mark.at);
   expect_bytes(barrier, a.bytes);
   each_row(w, a, a.next, [&](int r, const num* row) { copy_ahead(to + r * w.chunk, row, w.chunk * sizeof(num), barrier); });
   step_over(a.mark, a.bytes);
@@ -259,16 +265,16 @@ __device__ __forceinline__ void bring_next_near(const Weights& w, const Supply& 
 
 // Ask for a ring's next pieces while there is room for them and little enough is on its way.
 __device__ __forceinline__ void ask_along(const Orders& o, const Supply& p, u32 opened, Asking& a) {
-  const int ring = threadIdx.x % WARP;
   if (!a.left && a.opened != opened) {
     const int at = a.opened++ % MOST_OPENED;
     begin_product(o.weights[at], o.first[at], o.end[at], p.window, a);
   }
-  u64* arrivals = p.arrivals + ring * MOST_PIECES;
+  u64* arrivals = p.arrivals + a.ring * MOST_PIECES;
   while (a.arrived != a.mark.number && has_arrived(arrivals + a.arrived % MOST_PIECES, parity_of(a.arrived))) ++a.arrived;
   const Weights& w = o.weights[(a.opened - 1) % MOST_OPENED];
-  const u64 taken = heard(o.taken + ring);
-  ROLLED while (a.left && a.mark.number - a.arrived < a.most) {
+  const u64 taken = heard(o.taken + a.ring);
+  const u32 most = a.arrived != (u32)(taken >> 32) ? 1u : a.most;
+  ROLLED while (a.left && a.mark.number - a.arrived < most) {
     Mark mark = a.mark;
     make_whole(mark, a.bytes, p.ring_bytes);
     const u32 kept = mark.number - (u32)(taken >> 32);  // pieces that are there or on their way
@@ -337,44 +343,60 @@ __device__ __forceinline__ void open_next(Orders& o, const Supply& p, u32& opene
 }
 
 // Where the stream stands, for those who turn it.
-__device__ __forceinline__ void answer(Orders& o, u32 turns, u32 opened, Asking& a) {
+__device__ __forceinline__ void answer(Orders& o, int asker, u32 turns, u32 opened, Asking& a) {
   const int lane = threadIdx.x % WARP;
   a.left = 0;
   a.opened = opened;
-  if (lane < WARPS) {
-    o.number_then[lane] = a.mark.number;
-    o.at_then[lane] = a.mark.at;
-    o.passed_then[lane] = a.mark.passed;
+  if (lane < RINGS) {
+    o.number_then[a.ring] = a.mark.number;
+    o.at_then[a.ring] = a.mark.at;
+    o.passed_then[a.ring] = a.mark.passed;
   }
   __syncwarp();
   if (lane) return;
-  o.opened_then = opened;
-  tell(&o.answered, turns);
+  if (!asker) o.opened_then = opened;
+  tell(o.answered + asker, turns);
 }
 
-// What the last warp does all the time.
-__device__ __forceinline__ void keep_asking(Orders& o, const Supply& p) {
+// Some ring has asked for all that it knows of, and the place of the next product is free.
+__device__ __forceinline__ bool more_wanted(const Orders& o, u32 opened) {
   const int lane = threadIdx.x % WARP;
+  const u32 begun = lane < WARPS ? heard(o.begun + lane) : 2 * opened;
+  const bool full = opened - begun / 2 >= MOST_OPENED || opened - heard(&o.closed) >= MOST_OPENED;
+  return __any_sync(0xffffffffu, begun == 2 * opened + 1) && !__any_sync(0xffffffffu, full);
+}
+
+// What the last warps do all the time. The first of them begins products.
+__device__ __forceinline__ void keep_asking(Orders& o, const Supply& p) {
+  const int lane = threadIdx.x % WARP, asker = (threadIdx.x - THREADS) / WARP;
   Asking a = {};
+  a.ring = asker * RINGS + lane;
   Outlook next = {};
   next.known = true;
   next.first = -1;
-  look_at_product(p, next, p.begin);
+  if (!asker) look_at_product(p, next, p.begin);
   u32 opened = 0, turns = 0;
   for (;;) {
     const u32 wanted = __shfl_sync(0xffffffffu, heard(&o.turns), 0);
     if (wanted == LEAVES) return;
     if (wanted != turns) {
       turns = wanted;
-      answer(o, turns, opened, a);
-      look_at_product(p, next, o.turned_to);
+      if (asker) {
+        while (heard(o.answered) != turns) look_again();
+        opened = o.opened_then;
+      }
+      answer(o, asker, turns, opened, a);
+      if (!asker) look_at_product(p, next, o.turned_to);
       next.first = o.turned_first;
       next.known_B = nullptr;
       next.known = true;
     }
-    const bool wants = lane < WARPS && !a.left && a.opened == opened && next.product <= p.end;
-    if (__any_sync(0xffffffffu, wants && opened - heard(&o.closed) < MOST_OPENED)) open_next(o, p, opened, next);
-    if (lane < WARPS) ask_along(o, p, opened, a);
+    if (asker) opened = heard(&o.opened);
+    else if (next.product <= p.end && more_wanted(o, opened)) open_next(o, p, opened, next);
+    if (lane < RINGS) {
+      ask_along(o, p, opened, a);
+      tell(o.begun + a.ring, 2 * a.opened + !a.left);
+    }
     __syncwarp();
     rest();
   }
