@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fbs_rl.decode.gate_rows import PANEL
 from fbs_rl.decode.kernel_arguments import make_call
 from fbs_rl.decode.step_buffers import MOST_FOUND
 from fbs_rl.model.skip_gate import gate_uniform
@@ -283,7 +284,8 @@ def test_noise_is_that_of_the_model(bench: Bench) -> None:
     seeds, width = torch.tensor([-7, 2**33 + 5, 12345]), 4
     position, layer = bench.integers(3, 70000, 9), 5
     skip_LB = torch.zeros(8, ROWS, dtype=torch.int32, device=bench.device)
-    zero = torch.zeros(64, dtype=bench.dtype, device=bench.device)
+    stay_LB = torch.zeros_like(skip_LB)
+    zero = torch.zeros(3 * PANEL * PANEL, dtype=bench.dtype, device=bench.device)
     probs = torch.zeros(1, 8, ROWS, device=bench.device)
     skips = torch.zeros(1, 8, ROWS, dtype=torch.uint8, device=bench.device)
     bench.run(
@@ -294,7 +296,6 @@ def test_noise_is_that_of_the_model(bench: Bench) -> None:
             front_stride=8,
             reduce_width=width,
             weights=zero,
-            weight_count=len(zero),
             hidden_width=2,
             clip=6.0,
             eps=1e-6,
@@ -307,6 +308,7 @@ def test_noise_is_that_of_the_model(bench: Bench) -> None:
             members=2,
             free_mask=0b11,
             skip_LB=skip_LB,
+            stay_LB=stay_LB,
             layers=8,
             step=bench.integers(0),
             trace_steps=1,
@@ -315,6 +317,6 @@ def test_noise_is_that_of_the_model(bench: Bench) -> None:
         )
     )
     wanted = gate_uniform(seeds, position.cpu().unsqueeze(1), layer)[:, 0] < 0.5
-    assert skip_LB[layer].bool().tolist() == skip_LB[layer + 1].bool().tolist() == wanted.tolist()
-    assert skips[0, layer].bool().tolist() == wanted.tolist()
+    assert skip_LB[layer].bool().tolist() == (~stay_LB[layer].bool()).tolist() == wanted.tolist()
+    assert skips[0, layer].bool().tolist() == skips[0, layer + 1].bool().tolist() == wanted.tolist()
     assert probs[0, layer].tolist() == [0.5] * ROWS and not skip_LB[:5].any()

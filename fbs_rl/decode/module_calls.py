@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fbs_rl.decode.gate_rows import span
 from fbs_rl.decode.kernel_arguments import Void
 from fbs_rl.decode.program import WARPS
 from fbs_rl.decode.step_buffers import MOST_FOUND
@@ -19,7 +20,6 @@ _SHORTLIST_BYTES = 4 * (
     2 * MOST_FOUND + 256
 )  # keys, places, and a flag a thread: kernels/preview.cu
 _MOST_HORIZONS = 64
-_LINE = 512 + 256  # of kernels/gate.cu
 
 
 def write_look(writer: StepWriter, layer: FBSLayer) -> None:
@@ -126,10 +126,10 @@ def write_decision(writer: StepWriter, layer: FBSLayer) -> None:
     held = writer.held_bytes(config.hidden_size) if asks_with_entry(writer, layer) else 0
     call = writer.call(
         "decide", held + gate_bytes(writer, layer), front=front, front_stride=front.stride(0), weights=weights,
-        weight_count=len(weights), hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
+        hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
         sampled=int(writer.sampled), consensus=int(writer.together), tau_B=gates.tau_B, seed_B2=gates.seed_B2,
         position_B=writer.tokens.position_B, leader=index, members=end - index, free_mask=mask,
-        skip_LB=gates.skip_LB, layers=config.layer_count, step=writer.tokens.step,
+        skip_LB=gates.skip_LB, stay_LB=gates.stay_LB, layers=config.layer_count, step=writer.tokens.step,
         trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, held_bytes=held, **reads,
     )  # fmt: skip
     call.quiet = call.sets_flags = True
@@ -164,13 +164,11 @@ def gate_bytes(writer: StepWriter, layer: FBSLayer) -> int:
     """Of GateRoom in kernels/gate.cu."""
     gate, rows, path = layer.skip_gate, writer.shape.rows, layer.skip_path
     assert gate is not None
-    pooled = gate.preview.in_features if gate.reads_preview else 0
     rank = path.up.in_features if isinstance(path, SkipAdapter) else 0
-    floats = WARPS * _LINE + -(-rows * (2 * gate.hidden.out_features + rank) // 4) * 4
+    reduced = gate.reduce.out_features if gate.reads_residual else 0
+    floats = rows * (span(gate.hidden.in_features - reduced) + WARPS) + -(-rows * rank // 4) * 4
     columns = -(-writer.model.config.hidden_size // writer.multiprocessors)
-    numbers = (
-        -(-rows * pooled // 8) * 8 + len(writer.gate_rows[layer.index].weight_N) + columns * rank
-    )
+    numbers = (rows * span(reduced) if rows > 1 else 0) + columns * rank
     return 4 * floats + numbers * (16 // writer.shape.lane_numbers)
 
 

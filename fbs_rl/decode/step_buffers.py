@@ -163,9 +163,11 @@ def _attention_splits(heads: int, tokens: int, multiprocessors: int) -> int:
 
 @dataclass(slots=True)
 class GateBuffers:
-    """Decisions of the step and of the steps before it. seed_B2: low and high word of each row's seed."""
+    """Decisions of the step and of the steps before it: of layers that share one, at the first of them. stay_LB: 1
+    where a row does not skip. seed_B2: low and high word of each row's seed."""
 
     skip_LB: Tensor
+    stay_LB: Tensor
     motion_B2: Tensor
     tau_B: Tensor
     seed_B2: Tensor
@@ -176,6 +178,7 @@ class GateBuffers:
     def empty(cls, room: Room, config: FBSConfig) -> GateBuffers:
         layers, rows = config.layer_count, room.rows
         return cls(
+            room.integers(layers, rows),
             room.integers(layers, rows),
             room.floats(rows, 2),
             room.floats(rows),

@@ -126,10 +126,12 @@ __device__ __forceinline__ void load_entries(const num* keys, const num* values,
 __device__ __forceinline__ float sum_scores(float value[32 / SCORE_LANES]) {
   const int lane = threadIdx.x % WARP;
 #pragma unroll
-  for (int left = 32 / SCORE_LANES / 2, d = 16; left; left /= 2, d /= 2) {
+  for (int d = 16; d >= SCORE_LANES; d /= 2) {
+    const int left = d / SCORE_LANES;
     const bool upper = lane & d;
 #pragma unroll
-    for (int i = 0; i < left; ++i) {
+    for (int i = 0; i < 16 / SCORE_LANES; ++i) {
+      if (i >= left) continue;
       const float given = upper ? value[i] : value[i + left];
       value[i] = (upper ? value[i + left] : value[i]) + __shfl_xor_sync(0xffffffffu, given, d);
     }

@@ -322,6 +322,7 @@ __device__ __forceinline__ void forget(Team& team) {
 
 // The same, read once for the calls of a layer.
 __device__ __forceinline__ bool layer_runs(const int* skip_B, Team& team) {
+  if (!skip_B) return true;
   if (skip_B != team.known_B) {
     team.known_B = skip_B;
     team.known = any_runs(skip_B);
