@@ -180,6 +180,20 @@ def test_rows_that_decide_together_skip_by_the_mean(place: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_follower_asks_its_skip_adapter_only_where_somebody_skips(place: str, rows: int) -> None:
+    """Layers behind the first of a block have nothing else to ask; they are the odd ones here."""
+    decoder = decoder_of(lively("qwen3", gate_block=2), place, rows, "threshold")
+    buffers, prompt, fed = decoder.writer.layers, tokens(rows, PROMPT, 12), tokens(rows, 1, 13)
+    adapter_BR = buffers.front(1)[:, : decoder.model.config.adapter_rank]
+    for tau, asked in ((1.0, False), (0.0, True)):
+        adapter_BR.fill_(torch.nan)
+        found, _ = forced(decoder, prompt, fed, {"tau": tau})
+        assert bool(found.skip_LBT[1].all()) == asked
+        assert bool(adapter_BR.isnan().any()) != asked
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_changed_gates_act_without_a_new_graph(place: str) -> None:
     model = lively("qwen3", **OFF, gate_inputs="residual")
     decoder = decoder_of(model, place, 1, "threshold")

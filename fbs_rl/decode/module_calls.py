@@ -19,7 +19,6 @@ from fbs_rl.types import Compression, GateInputs, KVPolicy
 _SHORTLIST_BYTES = 4 * (
     2 * MOST_FOUND + 256
 )  # keys, places, and a flag a thread: kernels/preview.cu
-_MOST_HORIZONS = 64
 
 
 def write_look(writer: StepWriter, layer: FBSLayer) -> None:
@@ -57,20 +56,23 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
             "window_bias": paw.window_out.bias,
             "fixed_window": -1.0,
         }
-    mixes = paw.compression is Compression.CONV
-    count = head.shortlist_size
-    # LookRoom of kernels/preview.cu; taps lie an odd number of words apart.
-    taps = rank * (12 * buffers.table_NR.element_size() + 1) if mixes else 0
-    floats = count * (rank + 4) + rank + 3 * (2 * rank + count) + _MOST_HORIZONS + taps
+    count, size = head.shortlist_size, 16 // writer.shape.lane_numbers
+    # LookRoom of kernels/preview.cu
+    table, floats = count * (rank * size + 64), 2 * rank + 2 * 32 * WARPS + 4 + (1 + WARPS) * count
     writer.call(
-        "look", 4 * floats, front=front, front_stride=front.stride(0), hard=int(paw.hard),
+        "look", table + 4 * floats, front=front, front_stride=front.stride(0), hard=int(paw.hard),
         temperature=config.paw_temperature,
         query_at=place["query"], maps_KRR=head.horizon_maps, index_BM=buffers.index_BM,
         table_NR=buffers.table_NR, early=int(not first), horizons=horizons, candidates=count, rank=rank,
-        mix=paw.mix.weight if mixes else None, mix_bias=paw.mix.bias if mixes else None,
-        pooled_BR=buffers.pooled_BR, entropy_B=buffers.entropy_B, mixed_BKR=buffers.mixed_BKR,
-        arrived_B=buffers.arrived_B, **window,
+        seen_BKR=buffers.seen_BKR, weight_BK=buffers.weight_BK, entropy_B=buffers.entropy_B, **window,
     )  # fmt: skip
+    mixes = paw.compression is Compression.CONV
+    pooling = writer.call(
+        "pool", 4 * (horizons * rank + 32 * WARPS + horizons), seen_BKR=buffers.seen_BKR, weight_BK=buffers.weight_BK,
+        mix=paw.mix.weight if mixes else None, mix_bias=paw.mix.bias if mixes else None,
+        horizons=horizons, rank=rank, pooled_BR=buffers.pooled_BR,
+    )  # fmt: skip
+    pooling.quiet = writer.shape.rows == 1  # every block makes the row by itself
 
 
 def write_injection(writer: StepWriter, layer: FBSLayer) -> None:
@@ -214,14 +216,15 @@ def write_chunk_read(writer: StepWriter, layer: FBSLayer) -> None:
     width = reader.key.out_features
     skip_B = writer.skip_B(layer.index)
     void = _read_by_nobody(writer, layer)
-    writer.call(
-        "chunk_read", 4 * (2 + 2 * reader.cap + width // reader.heads + 2048), front=front,
-        front_stride=front.stride(0), query_at=writer.fronts[layer.index].place["chunk_query"],
-        null_key=reader.null_key, null_value=reader.null_value, keys=keys, values=values,
-        bias_HC=reader.distance_bias, bucket_C=chunks.bucket_C, heads=reader.heads, width=width,
-        buckets=reader.buckets, ring_length=reader.cap, scale=1 / math.sqrt(width // reader.heads),
-        before_B=chunks.before_B, skip_B=skip_B, out=chunks.mixed_BW,
-    ).void_flags = void  # fmt: skip
+    told: dict[str, Any] = {
+        "front": front, "front_stride": front.stride(0), "query_at": writer.fronts[layer.index].place["chunk_query"],
+        "null_key": reader.null_key, "null_value": reader.null_value, "keys": keys, "values": values,
+        "bias_HC": reader.distance_bias, "bucket_C": chunks.bucket_C, "heads": reader.heads, "width": width,
+        "buckets": reader.buckets, "ring_length": reader.cap, "scale": 1 / math.sqrt(width // reader.heads),
+        "before_B": chunks.before_B, "skip_B": skip_B, "score_BHC": chunks.score_BHC, "out": chunks.mixed_BW,
+    }  # fmt: skip
+    for name, room in (("chunk_scores", 0), ("chunk_mix", 4 * reader.cap)):
+        writer.call(name, room, **told).void_flags = void
     residual = writer.entering(layer.index) if layer.paw is None else buffers.injected_Bd
     writer.product(
         "product_inject_chunks", [reader.out.weight], chunks.mixed_BW, buffers.injected_Bd,

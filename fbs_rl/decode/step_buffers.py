@@ -190,7 +190,7 @@ class GateBuffers:
 
 @dataclass(slots=True)
 class PreviewBuffers:
-    """As in Look, Scores and Shortlist of the kernels.
+    """As in Look, Pool, Scores and Shortlist of the kernels.
 
     table_NR, mean_map_RR, prior_N: what the preview head's weights determine; copy_weights() follows them.
     """
@@ -202,7 +202,8 @@ class PreviewBuffers:
     found_B: Tensor
     arrived_B: Tensor
     index_BM: Tensor
-    mixed_BKR: Tensor
+    seen_BKR: Tensor
+    weight_BK: Tensor
     pooled_BR: Tensor
     entropy_B: Tensor
     table_NR: Tensor
@@ -221,6 +222,7 @@ class PreviewBuffers:
             room.integers(rows),
             room.integers(rows, config.paw_shortlist),
             room.floats(rows, config.paw_horizon, rank),
+            room.floats(rows, config.paw_horizon),
             room.numbers(rows, config.pooled_width),
             room.floats(rows),
             room.numbers(size, rank),
@@ -253,6 +255,7 @@ class ChunkBuffers:
     kept_B: Tensor
     closed_TB: Tensor
     opens_TB: Tensor
+    score_BHC: Tensor
     mixed_BW: Tensor
     summary_BW: Tensor
     bucket_C: Tensor
@@ -267,6 +270,7 @@ class ChunkBuffers:
             *(room.integers(rows) for _ in range(7)),
             closed_TB=room.integers(room.steps, rows),
             opens_TB=room.bytes(room.steps, rows),
+            score_BHC=room.floats(rows, config.chunk_heads, 1 + ring),
             mixed_BW=room.numbers(rows, width),
             summary_BW=room.numbers(rows, width),
             bucket_C=bucket_C.int(),

@@ -268,7 +268,7 @@ __device__ __forceinline__ bool arrive_last(int* counter, int blocks, int* scrat
 
 #define ROWS_AT_ONCE 8  // rows of a thread
 
-// out[r] = row r · x, `size` numbers each; row 0 lies at `first`, the others from `rest` on. Several threads a row.
+// out[r] = row r · x, rounded, `size` numbers each; row 0 lies at `first`, the others from `rest` on. Several threads a row.
 __device__ ONE_COPY void multiply_rows(const num* first, const num* rest, int stride, int count, int size, const float* x,
                                        float* out) {
   int lanes = 1;
@@ -297,7 +297,7 @@ __device__ ONE_COPY void multiply_rows(const num* first, const num* rest, int st
       for (int r = 0; r < ROWS_AT_ONCE; ++r) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], d);
 #pragma unroll
     for (int r = 0; r < ROWS_AT_ONCE; ++r)
-      if (lane == 0 && mine + r * step < count) out[mine + r * step] = sum[r];
+      if (lane == 0 && mine + r * step < count) out[mine + r * step] = rounded(sum[r]);
   }
 }
 

@@ -124,9 +124,11 @@ __device__ __forceinline__ void make_call(const Call& c, Block& b) {
     case 4: move(*(const Move*)c.arguments, b.team, *b.fixed); break;
     case 12: scores(*(const Scores*)c.arguments, b.team, *b.fixed, b.room); break;
     case 5: shortlist(*(const Shortlist*)c.arguments, b.team, *b.fixed, b.room); break;
-    case 6: look(*(const Look*)c.arguments, b.team, *b.fixed, b.room); break;
+    case 6: look(*(const Look*)c.arguments, b.team, b.room); break;
+    case 13: pool(*(const Pool*)c.arguments, b.team, b.room); break;
     case 7: boundary(*(const Boundary*)c.arguments, b.team); break;
-    case 8: chunk_read(*(const ChunkRead*)c.arguments, b.team, *b.fixed, b.room); break;
+    case 8: chunk_scores(*(const ChunkRead*)c.arguments, b.team); break;
+    case 14: chunk_mix(*(const ChunkRead*)c.arguments, b.team, *b.fixed, b.room); break;
     case 9: chunk_extend(*(const ChunkExtend*)c.arguments, b.team, *b.fixed); break;
 #define PRODUCT(number, name, reads, writes) \
     case number: input = reads; output = writes; break;
