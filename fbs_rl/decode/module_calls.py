@@ -21,6 +21,9 @@ _SHORTLIST_BYTES = 4 * (
 )  # keys, places, and a flag a thread: kernels/preview.cu
 
 
+_BATCH = 8  # of kernels/preview.cu
+
+
 def write_look(writer: StepWriter, layer: FBSLayer) -> None:
     """ṽ and H₁ of a PAW layer; at the first one of a step, the shortlist before them."""
     paw, head, buffers, config = (
@@ -67,9 +70,12 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
         seen_BKR=buffers.seen_BKR, weight_BK=buffers.weight_BK, entropy_B=buffers.entropy_B, **window,
     )  # fmt: skip
     mixes = paw.compression is Compression.CONV
+    batches = -(-horizons // _BATCH)
+    floats = (batches * _BATCH + 2 + batches) * rank + batches * _BATCH  # PoolRoom
+    taps = buffers.taps[layer.index].nbytes if mixes else 0
     pooling = writer.call(
-        "pool", 4 * (horizons * rank + 32 * WARPS + horizons), seen_BKR=buffers.seen_BKR, weight_BK=buffers.weight_BK,
-        mix=paw.mix.weight if mixes else None, mix_bias=paw.mix.bias if mixes else None,
+        "pool", 4 * floats + taps, seen_BKR=buffers.seen_BKR, weight_BK=buffers.weight_BK,
+        mix=buffers.taps[layer.index] if mixes else None, mix_bias=paw.mix.bias if mixes else None,
         horizons=horizons, rank=rank, pooled_BR=buffers.pooled_BR,
     )  # fmt: skip
     pooling.quiet = writer.shape.rows == 1  # every block makes the row by itself
@@ -224,7 +230,7 @@ def write_chunk_read(writer: StepWriter, layer: FBSLayer) -> None:
         "before_B": chunks.before_B, "skip_B": skip_B, "score_BHC": chunks.score_BHC, "out": chunks.mixed_BW,
     }  # fmt: skip
     for name, room in (("chunk_scores", 0), ("chunk_mix", 4 * reader.cap)):
-        writer.call(name, room, **told).void_flags = void
+        writer.call(name, room, **told).void_flags = skip_B
     residual = writer.entering(layer.index) if layer.paw is None else buffers.injected_Bd
     writer.product(
         "product_inject_chunks", [reader.out.weight], chunks.mixed_BW, buffers.injected_Bd,

@@ -15,7 +15,7 @@ from torch import Tensor
 from fbs_rl.model.chunk_head import distance_bucket
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.modeling import FBSForCausalLM
-from fbs_rl.types import KVPolicy
+from fbs_rl.types import Compression, KVPolicy
 
 _MOST_SPLITS = 16  # MOST_PARTS of kernels/attention.cu
 MOST_FOUND = 1024  # FOUND_KEYS of kernels/preview.cu
@@ -192,7 +192,8 @@ class GateBuffers:
 class PreviewBuffers:
     """As in Look, Pool, Scores and Shortlist of the kernels.
 
-    table_NR, mean_map_RR, prior_N: what the preview head's weights determine; copy_weights() follows them.
+    table_NR, mean_map_RR, prior_N: what the preview head's weights determine; taps: by PAW layer, the convolution's
+    weights [16, 3, R]. copy_weights() follows them.
     """
 
     score_BN: Tensor
@@ -209,6 +210,7 @@ class PreviewBuffers:
     table_NR: Tensor
     mean_map_RR: Tensor
     prior_N: Tensor
+    taps: dict[int, Tensor]
 
     @classmethod
     def empty(cls, room: Room, config: FBSConfig, blocks: int) -> PreviewBuffers:
@@ -228,6 +230,7 @@ class PreviewBuffers:
             room.numbers(size, rank),
             room.numbers(rank, rank),
             room.floats(size),
+            {layer: room.numbers(16, 3, rank) for layer in config.preview_layers},
         )
 
     @torch.no_grad()
@@ -237,6 +240,9 @@ class PreviewBuffers:
         self.table_NR.copy_(head.reduced_embedding(model.model.embed_tokens.weight))
         self.mean_map_RR.copy_(head.horizon_maps.mean(0))
         self.prior_N.copy_(head.log_prior_N)
+        for layer in model.model.fbs_layers():
+            if layer.paw is not None and layer.paw.compression is Compression.CONV:
+                self.taps[layer.index].copy_(layer.paw.mix.weight.permute(1, 2, 0))
 
 
 @dataclass(slots=True)

@@ -21,8 +21,7 @@ struct Boundary {
   unsigned char* opens_trace;
 };
 
-__device__ __forceinline__ void boundary(const Boundary& c, Team& team) {
-  await(team);
+__device__ APART void boundary(const Boundary& c) {
   const int b = threadIdx.x;
   if (blockIdx.x || b >= ROWS) return;
   float logit[4];
@@ -74,13 +73,11 @@ struct ChunkRead {
 __device__ __forceinline__ bool reads_none(const ChunkRead& c, int b) { return ROWS > 1 && skips(c.skip_B, b); }
 
 // Scores of some slots of a head, several threads a slot; those of all heads over the blocks.
-__device__ __forceinline__ void chunk_scores(const ChunkRead& c, Team& team) {
+__device__ APART void chunk_scores(const ChunkRead& c) {
   const int size = c.width / c.heads;
   int lanes = 1;
   while (lanes * 2 * LANE_NUMS <= size && lanes < WARP) lanes *= 2;
   const int each = THREADS / lanes, parts = c.ring_length / each + 1, lane = threadIdx.x % lanes;
-  await(team);
-  if (!layer_runs(c.skip_B, team)) return;
   ROLLED for (int i = blockIdx.x; i < parts * c.heads * ROWS; i += gridDim.x) {
     const int h = i % c.heads, b = i / c.heads % ROWS, slot = i / c.heads / ROWS * each + (int)threadIdx.x / lanes;
     const int before = __ldcg(c.before_B + b), slots = 1 + min(before, c.ring_length);
@@ -114,7 +111,7 @@ __device__ __forceinline__ void mix_chunks(const ChunkRead& c, int h, int b, int
   const num* values = c.values + (long long)b * c.ring_length * c.width + column;
   const float* scores = c.score_BHC + ((long long)b * c.heads + h) * (1 + c.ring_length);
   const float null_score = __ldcg(scores);
-  float top = null_score, total = 0.f, sum[LANE_NUMS] = {};
+  float top = null_score, total = 0.f, sum[WARP_ROWS] = {};  // LANE_NUMS of them
 #pragma unroll 2
   for (int s = threadIdx.x; s < used; s += THREADS) top = fmaxf(top, score[s] = __ldcg(scores + 1 + s));
   top = warp_max(top);
@@ -133,12 +130,9 @@ __device__ __forceinline__ void mix_chunks(const ChunkRead& c, int h, int b, int
 #pragma unroll
     for (int i = 0; i < LANE_NUMS; ++i) sum[i] = fmaf(prob, v[i], sum[i]);
   }
-  float* part = &fixed.sums[0][0];  // [LANE_NUMS, WARPS]
-#pragma unroll
-  for (int i = 0; i < LANE_NUMS; ++i) {
-    sum[i] = warp_sum(sum[i]);
-    if (lane == 0) part[i * WARPS + warp] = sum[i];
-  }
+  float* part = &fixed.sums[0][0];  // [WARP_ROWS, WARPS]
+  const float mine = sum_rows(sum);
+  if (lane % ROW_LANES == 0) part[lane / ROW_LANES * WARPS + warp] = mine;
   __syncthreads();
   if (threadIdx.x >= LANE_NUMS) return;
   float all = rounded(null_weight / total) * widen(c.null_value[column + threadIdx.x]);
@@ -147,10 +141,8 @@ __device__ __forceinline__ void mix_chunks(const ChunkRead& c, int h, int b, int
   c.out[b * c.width + column + threadIdx.x] = narrow(all);
 }
 
-__device__ __forceinline__ void chunk_mix(const ChunkRead& c, Team& team, Fixed& fixed, unsigned char* room) {
+__device__ APART void chunk_mix(const ChunkRead& c, Fixed& fixed, unsigned char* room) {
   const int wide = c.width / LANE_NUMS;
-  await(team);
-  if (!layer_runs(c.skip_B, team)) return;
   ROLLED for (int i = blockIdx.x; i < wide * ROWS; i += gridDim.x) {
     const int b = i / wide, column = i % wide * LANE_NUMS;
     if (!reads_none(c, b)) mix_chunks(c, column / (c.width / c.heads), b, column, fixed, (float*)room);
@@ -168,8 +160,7 @@ struct ChunkExtend {
 };
 
 // Every block finds the row's norm by itself and adds to its own columns.
-__device__ __forceinline__ void chunk_extend(const ChunkExtend& c, Team& team, Fixed& fixed) {
-  await(team);
+__device__ APART void chunk_extend(const ChunkExtend& c, Fixed& fixed) {
   int first, end;
   columns_of(c.width, first, end);
   ROLLED for (int b = 0; b < ROWS; ++b) {

@@ -26,6 +26,8 @@ typedef float num;
 #else
 #define ONE_COPY __noinline__
 #endif
+// The same before what runs seldom: inlined it would take registers from what runs often.
+#define APART ONE_COPY
 
 #define WARP 32
 #define WARPS 8  // of a block, that work on its calls; one more asks for their weights (weights.cu)
@@ -268,22 +270,18 @@ __device__ __forceinline__ bool arrive_last(int* counter, int blocks, int* scrat
 
 #define ROWS_AT_ONCE 8  // rows of a thread
 
-// out[r] = row r · x, rounded, `size` numbers each; row 0 lies at `first`, the others from `rest` on. Several threads a row.
-__device__ ONE_COPY void multiply_rows(const num* first, const num* rest, int stride, int count, int size, const float* x,
-                                       float* out) {
+// out[r] = row r · x, rounded; `count` rows of `size` numbers behind each other. Several threads a row.
+__device__ ONE_COPY void multiply_rows(const num* weight, int count, int size, const float* x, float* out) {
   int lanes = 1;
   while (lanes * 2 * LANE_NUMS <= size && lanes < WARP) lanes *= 2;
   const int lane = threadIdx.x % lanes, step = THREADS / lanes;
-  ROLLED for (int from = 0; from < count; from += ROWS_AT_ONCE * step) {
-    const int mine = from + threadIdx.x / lanes;
+  ROLLED for (int mine = threadIdx.x / lanes; mine - (int)threadIdx.x / lanes < count; mine += ROWS_AT_ONCE * step) {
     float sum[ROWS_AT_ONCE] = {};
     ROLLED for (int i = lane * LANE_NUMS; i < size; i += lanes * LANE_NUMS) {
       uint4 held[ROWS_AT_ONCE];
 #pragma unroll
-      for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-        const int row = min(mine + r * step, count - 1);
-        held[r] = __ldcg((const uint4*)((row ? rest + (long long)(row - 1) * stride : first) + i));
-      }
+      for (int r = 0; r < ROWS_AT_ONCE; ++r)
+        held[r] = __ldcg((const uint4*)(weight + min(mine + r * step, count - 1) * size + i));
 #pragma unroll
       for (int r = 0; r < ROWS_AT_ONCE; ++r) {
         float v[LANE_NUMS];
@@ -331,6 +329,13 @@ __device__ __forceinline__ bool layer_runs(const int* skip_B, Team& team) {
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
+
+// The same within some last bits, in less code.
+#ifdef EMULATED
+__device__ __forceinline__ float quick_silu(float x) { return silu(x); }
+#else
+__device__ __forceinline__ float quick_silu(float x) { return __fdividef(x, 1.f + expf(-x)); }
+#endif
 
 // --- a block ------------------------------------------------------------------------------------------
 

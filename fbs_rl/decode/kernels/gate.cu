@@ -70,22 +70,26 @@ __device__ __forceinline__ void widen_pair(pair v, float out[2]) {
 }
 #endif
 
+// That find what a row's motion is made of. Of one row half of them: the others weigh the preview meanwhile.
+#define MOTION_WARPS (ROWS == 1 ? WARPS / 2 : ROWS < WARPS ? WARPS / ROWS : 1)
+
 // What motion is made of, into fixed: sums of every row by one or more warps; what it was, and whether that stays so, as
 // of rows that skipped the layer in front.
 __device__ __forceinline__ void measure_motion(const num* before_Bd, const num* after_Bd, const int* left_skip_B, int width,
                                                const float* motion_B2, Fixed& fixed) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  const int each = max(1, WARPS / ROWS), at_once = WARPS / each;
+  const int lane = threadIdx.x % WARP;
+  const int each = MOTION_WARPS, at_once = max(1, (ROWS == 1 ? WARPS / 2 : WARPS) / each);
+  const int warp = (int)(threadIdx.x / WARP) - (ROWS == 1 ? WARPS - each : 0);
   ROLLED for (int b0 = 0; b0 < ROWS; b0 += at_once) {
     const int b = b0 + warp / each;
-    if (b >= ROWS || warp / each >= at_once) continue;
+    if (warp < 0 || b >= ROWS || warp / each >= at_once) continue;
     float sum[4] = {};
     if (warp % each == 0 && lane < 2) {
       fixed.values[2 * b + lane] = __ldcg(motion_B2 + 2 * b + lane);
       fixed.indices[b] = !before_Bd || skips(left_skip_B, b);
     }
     if (before_Bd)
-#pragma unroll 5
+#pragma unroll 10
       for (int k = warp % each * WARP + lane; k < width / 2; k += each * WARP) {
         float old[2], now[2];
         widen_pair(__ldcg((const pair*)(before_Bd + (long long)b * width) + k), old);
@@ -111,15 +115,14 @@ __device__ __forceinline__ void find_motion(int b, const Fixed& fixed, bool keep
   motion[0] = fixed.values[2 * b];
   motion[1] = fixed.values[2 * b + 1];
   if (fixed.indices[b]) return;
-  const int each = max(1, WARPS / ROWS);
   float sum[4] = {};
 #pragma unroll
-  for (int w = 0; w < each; ++w)
+  for (int w = 0; w < MOTION_WARPS; ++w)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += fixed.sums[b * each + w][i];
-  const float old = fmaxf(sqrtf(sum[2]), 1e-10f), now = fmaxf(sqrtf(sum[3]), 1e-10f);
-  motion[0] = sqrtf(sum[0]) / old;
-  motion[1] = sum[1] / now / old;
+    for (int i = 0; i < 4; ++i) sum[i] += fixed.sums[b * MOTION_WARPS + w][i];
+  const float old = rsqrtf(fmaxf(sum[2], 1e-20f)), now = rsqrtf(fmaxf(sum[3], 1e-20f));  // 1 / length
+  motion[0] = sum[0] * rsqrtf(fmaxf(sum[0], 1e-30f)) * old;
+  motion[1] = sum[1] * now * old;
   if (!keeps) return;
   motion_B2[2 * b] = motion[0];
   motion_B2[2 * b + 1] = motion[1];
@@ -209,11 +212,9 @@ __device__ __forceinline__ GateRoom lay_out(const Decision& d, unsigned char* ro
 }
 
 // The skip path's weights beside all else; and what the next gate will ask for, into the second cache.
-__device__ __forceinline__ void bring_path(const Decision& d, const GateRoom& g) {
+__device__ __forceinline__ void bring_path(const Decision& d, const GateRoom& g, int first, int end) {
   if (d.later && blockIdx.x == 0 && threadIdx.x == 0) bring_near(d.later, d.later_bytes);
   if (!d.next_Bd || !d.path.up) return;
-  int first, end;
-  columns_of(d.path.width, first, end);
   const num* up = d.path.up + (long long)first * d.path.rank;
   const int count = (end - first) * d.path.rank, whole = d.path.rank % LANE_NUMS ? 0 : count / LANE_NUMS;
   ROLLED for (int k = threadIdx.x; k < whole; k += THREADS) copy_aside((uint4*)g.up + k, (const uint4*)up + k);
@@ -287,10 +288,8 @@ __device__ __forceinline__ bool wants_skip(const Decision& d, float prob, const 
 #define PATH_LANES 4  // neighbouring threads that share an output
 
 // The block's columns of the next layer's h where all rows skip this one. state: that of this thread's first output.
-__device__ __forceinline__ void pass_by(const Decision& d, const GateRoom& g, float state) {
+__device__ __forceinline__ void pass_by(const Decision& d, const GateRoom& g, int first, int end, float state) {
   const int lane = threadIdx.x % PATH_LANES;
-  int first, end;
-  columns_of(d.path.width, first, end);
   const int count = (end - first) * ROWS;
   ROLLED for (int from = 0; from < count; from += THREADS / PATH_LANES) {
     const int i = from + threadIdx.x / PATH_LANES, b = i % ROWS, n = first + i / ROWS;
@@ -306,10 +305,8 @@ __device__ __forceinline__ void pass_by(const Decision& d, const GateRoom& g, fl
 }
 
 // That state, if it can be needed.
-__device__ __forceinline__ float first_state(const Decision& d) {
+__device__ __forceinline__ float first_state(const Decision& d, int first, int end) {
   const int i = threadIdx.x / PATH_LANES, b = i % ROWS;
-  int first, end;
-  columns_of(d.path.width, first, end);
   const bool mine = d.next_Bd && threadIdx.x % PATH_LANES == 0 && i < (end - first) * ROWS;
   return mine ? read(d.path.state_Bd + b * d.path.width + first + i / ROWS) : 0.f;
 }
@@ -388,7 +385,7 @@ __device__ __forceinline__ void find_logits(const Decision& d, const GateRoom& g
         h.bias = widen(g.hidden_bias[row + lane / ROW_LANES]);
         h.out = widen(g.out[row + lane / ROW_LANES]);
       }
-      logit += silu(sum_rows(acc) + h.bias) * h.out;
+      logit += quick_silu(sum_rows(acc) + h.bias) * h.out;
     }
 #pragma unroll
     for (int k = ROW_LANES; k < WARP; k *= 2) logit += __shfl_xor_sync(0xffffffffu, logit, k);
@@ -421,16 +418,18 @@ __device__ __forceinline__ void note_decision(const Decision& d, float prob, boo
 
 __device__ __forceinline__ void decide(const Decision& d, Team& team, Fixed& fixed, unsigned char* room) {
   const GateRoom g = lay_out(d, room + d.held_bytes);
+  int first, end;
+  columns_of(d.path.width, first, end);
   Held held;
   load_held(g, threadIdx.x / WARP * WARP_ROWS, held);
   const int step = __ldcg(d.step);
-  const float out_bias = widen(g.out_bias[0]), state = first_state(d);
+  const float out_bias = widen(g.out_bias[0]), state = first_state(d, first, end);
   const Bar bar = load_bar(d);
-  bring_path(d, g);
+  bring_path(d, g, first, end);
   if (d.fresh) await(team);  // for its numbers are asked for here
+  weigh_preview(d, g);
   // What the layer in front left is visible already: that was awaited before the front product.
   if (d.reduce_width) measure_motion(d.before_Bd, d.after_Bd, d.left_skip_B, d.width, d.motion_B2, fixed);
-  weigh_preview(d, g);
   await_copies();
   __syncthreads();
   find_logits(d, g, held, team, fixed);
@@ -440,7 +439,7 @@ __device__ __forceinline__ void decide(const Decision& d, Team& team, Fixed& fix
   note_decision(d, prob, skip, step);
   team.known_B = d.skip_LB + d.leader * ROWS;
   team.known = __any_sync(0xffffffffu, !skip);
-  if (d.next_Bd && !team.known) pass_by(d, g, state);
+  if (d.next_Bd && !team.known) pass_by(d, g, first, end, state);
 }
 
 // Motion after a layer whose successor asks no gate.
@@ -452,8 +451,7 @@ struct Move {
   float* motion_B2;
 };
 
-__device__ __forceinline__ void move(const Move& m, Team& team, Fixed& fixed) {
-  await(team);
+__device__ APART void move(const Move& m, Fixed& fixed) {
   measure_motion(m.before_Bd, m.after_Bd, m.left_skip_B, m.width, m.motion_B2, fixed);
   __syncthreads();
   float motion[2];

@@ -13,12 +13,6 @@ struct Scores {
   float* best;  // of each block, [blocks, ROWS]
 };
 
-// out = W·x, rounded; W has `count` rows.
-__device__ __forceinline__ void map_query(const num* weight, int count, int rank, const float* x, float* out) {
-  multiply_rows(weight, weight + rank, rank, count, rank, x, out);
-  __syncthreads();
-}
-
 __device__ __forceinline__ void scores(const Scores& s, Team& team, Fixed& fixed, unsigned char* room) {
   float *asked = (float*)room, *query = asked + s.rank, *score = query + s.rank;
   const int from = (int)((long long)s.count * blockIdx.x / gridDim.x);
@@ -30,8 +24,9 @@ __device__ __forceinline__ void scores(const Scores& s, Team& team, Fixed& fixed
     const num* front = s.front + b * s.front_stride + s.query_at;
     ROLLED for (int r = threadIdx.x; r < s.rank; r += THREADS) asked[r] = read(front + r);
     __syncthreads();
-    map_query(s.mean_map_RR, s.rank, s.rank, asked, query);
-    multiply_rows(table, table + s.rank, s.rank, share, s.rank, query, score);
+    multiply_rows(s.mean_map_RR, s.rank, s.rank, asked, query);
+    __syncthreads();
+    multiply_rows(table, share, s.rank, query, score);
     __syncthreads();
     float value = MINUS_INFINITY, v;
     int index = 0x7fffffff;
@@ -153,10 +148,9 @@ __device__ __forceinline__ int take_found(const Shortlist& s, int b, const float
 
 // The places of the highest scores of each row, the best first; of equal ones the lower place. At least `wanted` of
 // the blocks' best are among the best, so the `wanted`-th best of those is a bound that few keys reach.
-__device__ __forceinline__ void shortlist(const Shortlist& s, Team& team, Fixed& fixed, unsigned char* room) {
+__device__ APART void shortlist(const Shortlist& s, Fixed& fixed, unsigned char* room) {
   u32* key = (u32*)room;
   int* index = (int*)(key + FOUND_KEYS);
-  await(team);
   ROLLED for (int b = 0; b < ROWS; ++b) {
     const float* score_N = s.score_BN + (long long)b * s.count;
     const u32 best = (int)threadIdx.x < s.offers ? order_key(__ldcg(s.best + threadIdx.x * ROWS + b)) : 0;
@@ -315,7 +309,8 @@ __device__ __forceinline__ void look_at(const Look& l, int b, int h, Team& team,
     if (threadIdx.x == THREADS - WARP) *m.weight = l.weight_BK[b * l.horizons + h] = weight;
   }
   __syncthreads();
-  map_query(map, l.rank, l.rank, m.asked, m.query);
+  multiply_rows(map, l.rank, l.rank, m.asked, m.query);
+  __syncthreads();
   score_candidates(l, m);
   __syncthreads();
   normalise(l, b, h, m);
@@ -338,88 +333,92 @@ __device__ __forceinline__ void look(const Look& l, Team& team, unsigned char* r
 struct Pool {
   const float* seen_BKR;
   const float* weight_BK;
-  const num* mix;  // [rank, 16, 3]; null: a plain mean
+  const num* mix;  // [16, 3, rank]; null: a plain mean
   const num* mix_bias;
   int horizons, rank;
   num* pooled_BR;
 };
 
 #define CONV_GROUP 16
-#define SEEN 3  // horizons that the convolution joins
-#define HALF (CONV_GROUP / 2)  // of a group's inputs, that one of two neighbouring threads takes
-#define TAP_LOADS (HALF * SEEN / LANE_NUMS)
+#define SEEN 3    // horizons that the convolution joins
+#define BATCH 8  // horizons of a thread
 
-// A thread's weights of the convolution for output r.
-struct Taps {
-  uint4 weight[TAP_LOADS];
-  float bias;
+// One block's shared memory. A row of zeros lies in front of the horizons, others behind, up to whole batches.
+struct PoolRoom {
+  float* seen;    // [1 + batches·BATCH + 1, R]
+  float* part;    // [batches, R]
+  float* weight;  // [batches·BATCH], zeros behind the horizons
+  num* taps;      // [16, 3, R]
 };
 
-__device__ __forceinline__ void load_taps(const Pool& p, int r, Taps& taps) {
+// Output r of some neighbouring horizons by the grouped convolution, SiLU and weights included, summed. seen: of the
+// output's group, one horizon in front of them; weight: from the first on.
+__device__ __forceinline__ float convolve(const Pool& p, const num* taps, float bias, const float* seen, const float* weight) {
+  float sum[BATCH], total = 0.f;
 #pragma unroll
-  for (int k = 0; k < TAP_LOADS; ++k) taps.weight[k] = ((const uint4*)p.mix)[(2 * r + threadIdx.x % 2) * TAP_LOADS + k];
-  taps.bias = widen(p.mix_bias[r]);
-}
-
-// The grouped convolution's output for horizon h, SiLU and weight included, in both threads. seen: of a thread's inputs at
-// horizon 0.
-__device__ __forceinline__ float convolve(const Pool& p, const Taps& taps, const float* seen, int h, float weight) {
-  float tap[HALF * SEEN], sum = 0.f;
+  for (int h = 0; h < BATCH; ++h) sum[h] = bias;
+  ROLLED for (int i = 0; i < CONV_GROUP; ++i) {
+    float tap[SEEN];
 #pragma unroll
-  for (int k = 0; k < TAP_LOADS; ++k) unpack(taps.weight[k], tap + k * LANE_NUMS);
+    for (int t = 0; t < SEEN; ++t) tap[t] = widen(taps[(i * SEEN + t) * p.rank]);
 #pragma unroll
-  for (int t = 0; t < SEEN; ++t) {
-    const int at = h + t - 1;
-    if (at >= 0 && at < p.horizons)
+    for (int at = 0; at < BATCH + SEEN - 1; ++at) {
+      const float v = seen[at * p.rank + i];
 #pragma unroll
-      for (int i = 0; i < HALF; i += 4) {
-        const float4 v = *(const float4*)(seen + at * p.rank + i);
-        sum = fmaf(tap[i * SEEN + t], v.x, sum);
-        sum = fmaf(tap[(i + 1) * SEEN + t], v.y, sum);
-        sum = fmaf(tap[(i + 2) * SEEN + t], v.z, sum);
-        sum = fmaf(tap[(i + 3) * SEEN + t], v.w, sum);
-      }
+      for (int t = 0; t < SEEN; ++t)
+        if (at >= t && at - t < BATCH) sum[at - t] = fmaf(tap[t], v, sum[at - t]);
+    }
   }
-  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-  return rounded(rounded(silu(rounded(sum + taps.bias))) * weight);
+#pragma unroll
+  for (int h = 0; h < BATCH; ++h) total += rounded(rounded(quick_silu(rounded(sum[h]))) * weight[h]);
+  return total;
 }
 
-// Of one row, which lies in shared memory: Σ_h value_h / Σ_h α_h. taps: those of the thread's first output.
-__device__ __forceinline__ void pool_row(const Pool& p, int b, const float* seen, const float* weight, float* part, Taps& taps) {
-  const int most = min(p.rank, THREADS / 2), parts = THREADS / 2 / most, half = threadIdx.x % 2;
-  const int mine = threadIdx.x / 2 / most;
-  ROLLED for (int from = 0; from < p.rank; from += most) {
-    const int r = min(from + (int)threadIdx.x / 2 % most, p.rank - 1);
-    const float* group = seen + r / CONV_GROUP * CONV_GROUP + half * HALF;
+// Σ_h value_h / Σ_h α_h of one row.
+__device__ APART void pool_row(const Pool& p, int b, const PoolRoom& m) {
+  const int batches = (p.horizons + BATCH - 1) / BATCH, before = p.rank, count = p.horizons * p.rank;
+  const float4 zeros = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 2
+  for (int k = threadIdx.x * 4; k < (batches * BATCH + 2) * p.rank; k += THREADS * 4)
+    *(float4*)(m.seen + k) = k >= before && k < before + count
+                                 ? __ldcg((const float4*)(p.seen_BKR + (long long)b * count + k - before)) : zeros;
+  ROLLED for (int h = threadIdx.x; h < batches * BATCH; h += THREADS)
+    m.weight[h] = h < p.horizons ? __ldcg(p.weight_BK + b * p.horizons + h) : 0.f;
+  await_copies();
+  __syncthreads();
+  ROLLED for (int k = threadIdx.x; k < batches * p.rank; k += THREADS) {
+    const int batch = k / p.rank, r = k % p.rank;
+    const float* seen = m.seen + batch * BATCH * p.rank;
+    float sum = 0.f;
+    if (p.mix) sum = convolve(p, m.taps + r, widen(p.mix_bias[r]), seen + r / CONV_GROUP * CONV_GROUP, m.weight + batch * BATCH);
+    else
+      ROLLED for (int h = 1; h <= BATCH; ++h) sum += seen[h * p.rank + r];
+    m.part[k] = sum;
+  }
+  __syncthreads();
+  ROLLED for (int r = threadIdx.x; r < p.rank; r += THREADS) {
     float sum = 0.f, total = 0.f;
-    if (p.mix && p.rank > most) load_taps(p, r, taps);
-    ROLLED for (int h0 = 0; h0 < p.horizons; h0 += parts) {
-      const int h = min(h0 + mine, p.horizons - 1);
-      const float value = p.mix ? convolve(p, taps, group, h, weight[h]) : seen[h * p.rank + r];
-      if (h0 + mine < p.horizons && mine < parts) sum += value;
-    }
-    part[threadIdx.x] = sum;
-    ROLLED for (int h = 0; h < p.horizons; ++h) total += weight[h];
-    __syncthreads();
-    if (mine == 0 && half == 0 && from + (int)threadIdx.x / 2 < p.rank) {
-      ROLLED for (int i = 1; i < parts; ++i) sum += part[threadIdx.x + 2 * most * i];
-      p.pooled_BR[b * p.rank + r] = narrow(rounded(sum) / rounded(rounded(total) + 1e-6f));
-    }
-    __syncthreads();
+    ROLLED for (int i = 0; i < batches; ++i) sum += m.part[i * p.rank + r];
+#pragma unroll 8
+    for (int h = 0; h < batches * BATCH; ++h) total += m.weight[h];
+    p.pooled_BR[b * p.rank + r] = narrow(rounded(sum) / rounded(rounded(total) + 1e-6f));
   }
 }
 
 __device__ __forceinline__ void pool(const Pool& p, Team& team, unsigned char* room) {
-  float *seen = (float*)room, *part = seen + p.horizons * p.rank, *weight = part + THREADS;  // [K, R], [THREADS], [K]
-  Taps taps;
-  if (p.mix) load_taps(p, threadIdx.x / 2 % p.rank, taps);
+  const int batches = (p.horizons + BATCH - 1) / BATCH;
+  PoolRoom m;
+  m.seen = (float*)room;
+  m.part = m.seen + (batches * BATCH + 2) * p.rank;
+  m.weight = m.part + batches * p.rank;
+  m.taps = (num*)(m.weight + batches * BATCH);
+  if (p.mix)
+    ROLLED for (int k = threadIdx.x; k < CONV_GROUP * SEEN * p.rank / LANE_NUMS; k += THREADS)
+      copy_aside((uint4*)m.taps + k, (const uint4*)p.mix + k);
   await(team);
   ROLLED for (int b = ROWS == 1 ? 0 : blockIdx.x; b < ROWS; b += ROWS == 1 ? 1 : gridDim.x) {
-#pragma unroll 2
-    for (int k = threadIdx.x; k < p.horizons * p.rank / 4; k += THREADS)
-      ((float4*)seen)[k] = __ldcg((const float4*)(p.seen_BKR + (long long)b * p.horizons * p.rank) + k);
-    ROLLED for (int h = threadIdx.x; h < p.horizons; h += THREADS) weight[h] = __ldcg(p.weight_BK + b * p.horizons + h);
+    pool_row(p, b, m);
     __syncthreads();
-    pool_row(p, b, seen, weight, part, taps);
   }
+  await_copies();
 }
