@@ -10,48 +10,28 @@ from torch import Tensor
 from fbs_rl.decode.gate_rows import span
 from fbs_rl.decode.kernel_arguments import Void
 from fbs_rl.decode.program import WARPS
-from fbs_rl.decode.step_buffers import MOST_FOUND
+from fbs_rl.decode.step_buffers import MOST_FOUND, PreviewBuffers
 from fbs_rl.decode.step_writer import StepWriter
 from fbs_rl.model.layer import FBSLayer
+from fbs_rl.model.preview import Paw
 from fbs_rl.model.skip_path import SkipAdapter
 from fbs_rl.types import Compression, GateInputs, KVPolicy
 
-_SHORTLIST_BYTES = 4 * (
-    2 * MOST_FOUND + 256
-)  # keys, places, and a flag a thread: kernels/preview.cu
-
-
-_BATCH = 8  # of kernels/preview.cu
+# Keys, places, and a flag a thread: kernels/preview.cu.
+_SHORTLIST_BYTES = 4 * (2 * MOST_FOUND + 256)
+_BATCH = 8  # of kernels/pool.cu
 
 
 def write_look(writer: StepWriter, layer: FBSLayer) -> None:
     """ṽ and H₁ of a PAW layer; at the first one of a step, the shortlist before them."""
-    paw, head, buffers, config = (
-        layer.paw,
-        writer.model.model.preview,
-        writer.previews,
-        writer.model.config,
-    )
+    paw, head, buffers = layer.paw, writer.model.model.preview, writer.previews
     assert paw is not None and head is not None and buffers is not None
-    rank, horizons = head.rank, head.horizons
-    first = layer.index == config.preview_layers[0]
-    front, place = writer.layers.front(layer.index), writer.fronts[layer.index].place
+    first = layer.index == writer.model.config.preview_layers[0]
     if first:
-        count, blocks = len(buffers.table_NR), writer.multiprocessors
-        writer.call(
-            "scores", 4 * (2 * rank + -(-count // blocks)), front=front, front_stride=front.stride(0),
-            query_at=place["query"], mean_map_RR=buffers.mean_map_RR, table_NR=buffers.table_NR,
-            prior_N=buffers.prior_N, count=count, rank=rank, score_BN=buffers.score_BN, best=buffers.best,
-        )  # fmt: skip
-        writer.call(
-            "shortlist", _SHORTLIST_BYTES, score_BN=buffers.score_BN, count=count,
-            wanted=head.shortlist_size, index_BM=buffers.index_BM, best=buffers.best,
-            offers=blocks, key_BF=buffers.key_BF, place_BF=buffers.place_BF,
-            found_B=buffers.found_B, arrived_B=buffers.arrived_B,
-        )  # fmt: skip
-    dynamic = paw.fixed_window is None
+        _write_shortlist(writer, layer, buffers)
+    front, place = writer.layers.front(layer.index), writer.fronts[layer.index].place
     window: dict[str, Any] = {"fixed_window": float(paw.fixed_window or 0)}
-    if dynamic:
+    if paw.fixed_window is None:
         window = {
             "window_at": place["window"],
             "window_hidden": paw.window_in.out_features,
@@ -59,26 +39,48 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
             "window_bias": paw.window_out.bias,
             "fixed_window": -1.0,
         }
-    count, size = head.shortlist_size, 16 // writer.shape.lane_numbers
+    rank, count = head.rank, head.shortlist_size
     # LookRoom of kernels/preview.cu
-    table, floats = count * (rank * size + 64), 2 * rank + 2 * 32 * WARPS + 4 + (1 + WARPS) * count
+    table = count * (rank * (16 // writer.shape.lane_numbers) + 64)
+    floats = 2 * rank + 2 * 32 * WARPS + 4 + (1 + WARPS) * count
     writer.call(
         "look", table + 4 * floats, front=front, front_stride=front.stride(0), hard=int(paw.hard),
-        temperature=config.paw_temperature,
-        query_at=place["query"], maps_KRR=head.horizon_maps, index_BM=buffers.index_BM,
-        table_NR=buffers.table_NR, early=int(not first), horizons=horizons, candidates=count, rank=rank,
-        seen_BKR=buffers.seen_BKR, weight_BK=buffers.weight_BK, entropy_B=buffers.entropy_B, **window,
+        temperature=writer.model.config.paw_temperature, query_at=place["query"], maps_KRR=head.horizon_maps,
+        index_BM=buffers.index_BM, table_NR=buffers.table_NR, early=int(not first), horizons=head.horizons,
+        candidates=count, rank=rank, seen_BKR=buffers.seen_BKR, weight_BK=buffers.weight_BK,
+        entropy_B=buffers.entropy_B, **window,
     )  # fmt: skip
-    mixes = paw.compression is Compression.CONV
-    batches = -(-horizons // _BATCH)
+    _write_pool(writer, paw, buffers.taps[layer.index], buffers)
+
+
+def _write_shortlist(writer: StepWriter, layer: FBSLayer, buffers: PreviewBuffers) -> None:
+    head = writer.model.model.preview
+    assert head is not None
+    front, place = writer.layers.front(layer.index), writer.fronts[layer.index].place
+    count, blocks, rank = len(buffers.table_NR), writer.multiprocessors, head.rank
+    writer.call(
+        "scores", 4 * (2 * rank + -(-count // blocks)), front=front, front_stride=front.stride(0),
+        query_at=place["query"], mean_map_RR=buffers.mean_map_RR, table_NR=buffers.table_NR,
+        prior_N=buffers.prior_N, count=count, rank=rank, score_BN=buffers.score_BN, best=buffers.best,
+    )  # fmt: skip
+    writer.call(
+        "shortlist", _SHORTLIST_BYTES, score_BN=buffers.score_BN, count=count,
+        wanted=head.shortlist_size, index_BM=buffers.index_BM, best=buffers.best,
+        offers=blocks, key_BF=buffers.key_BF, place_BF=buffers.place_BF,
+        found_B=buffers.found_B, arrived_B=buffers.arrived_B,
+    )  # fmt: skip
+
+
+def _write_pool(writer: StepWriter, paw: Paw, taps: Tensor, buffers: PreviewBuffers) -> None:
+    horizons, rank = buffers.seen_BKR.shape[1:]
+    mixes, batches = paw.compression is Compression.CONV, -(-horizons // _BATCH)
     floats = (batches * _BATCH + 2 + batches) * rank + batches * _BATCH  # PoolRoom
-    taps = buffers.taps[layer.index].nbytes if mixes else 0
-    pooling = writer.call(
-        "pool", 4 * floats + taps, seen_BKR=buffers.seen_BKR, weight_BK=buffers.weight_BK,
-        mix=buffers.taps[layer.index] if mixes else None, mix_bias=paw.mix.bias if mixes else None,
+    call = writer.call(
+        "pool", 4 * floats + (taps.nbytes if mixes else 0), seen_BKR=buffers.seen_BKR,
+        weight_BK=buffers.weight_BK, mix=taps if mixes else None, mix_bias=paw.mix.bias if mixes else None,
         horizons=horizons, rank=rank, pooled_BR=buffers.pooled_BR,
     )  # fmt: skip
-    pooling.quiet = writer.shape.rows == 1  # every block makes the row by itself
+    call.quiet = writer.shape.rows == 1  # every block makes the row by itself
 
 
 def write_injection(writer: StepWriter, layer: FBSLayer) -> None:

@@ -190,7 +190,7 @@ class GateBuffers:
 
 @dataclass(slots=True)
 class PreviewBuffers:
-    """As in Look, Pool, Scores and Shortlist of the kernels.
+    """As in Scores, Shortlist, Look and Pool of the kernels.
 
     table_NR, mean_map_RR, prior_N: what the preview head's weights determine; taps: by PAW layer, the convolution's
     weights [16, 3, R]. copy_weights() follows them.

@@ -345,9 +345,5 @@ struct Fixed {
   float sums[32][4];
   float values[32];
   int indices[32];
-  float prob_B[16];
-  float tau_B[16];
-  u32 seed_B2[32];
-  int position_B[16];
   int counts[4];
 };
