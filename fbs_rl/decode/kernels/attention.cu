@@ -121,21 +121,24 @@ __device__ __forceinline__ void load_entries(const num* keys, const num* values,
   }
 }
 
-// Sums over the warp of many values at once: lane i gets that of value i / SCORE_LANES. In each round a lane gives one
-// half of what it has left and takes its own half from the lane across.
-__device__ __forceinline__ float sum_scores(float value[32 / SCORE_LANES]) {
-  const int lane = threadIdx.x % WARP;
+// One round and all that follow: a lane gives one half of its 2·LEFT values and takes its own half from the lane across.
+// Unrolled by its type, for values in an array that is counted through lie in memory.
+template <int LEFT>
+__device__ __forceinline__ void fold_scores(float (&value)[32 / SCORE_LANES]) {
+  if constexpr (LEFT > 0) {
+    const bool upper = threadIdx.x % WARP & LEFT * SCORE_LANES;
 #pragma unroll
-  for (int d = 16; d >= SCORE_LANES; d /= 2) {
-    const int left = d / SCORE_LANES;
-    const bool upper = lane & d;
-#pragma unroll
-    for (int i = 0; i < 16 / SCORE_LANES; ++i) {
-      if (i >= left) continue;
-      const float given = upper ? value[i] : value[i + left];
-      value[i] = (upper ? value[i + left] : value[i]) + __shfl_xor_sync(0xffffffffu, given, d);
+    for (int i = 0; i < LEFT; ++i) {
+      const float low = value[i], high = value[i + LEFT];
+      value[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, LEFT * SCORE_LANES);
     }
+    fold_scores<LEFT / 2>(value);
   }
+}
+
+// Sums over the warp of many values at once: lane i gets that of value i / SCORE_LANES.
+__device__ __forceinline__ float sum_scores(float (&value)[32 / SCORE_LANES]) {
+  fold_scores<16 / SCORE_LANES>(value);
 #pragma unroll
   for (int d = SCORE_LANES / 2; d; d /= 2) value[0] += __shfl_xor_sync(0xffffffffu, value[0], d);
   return value[0];
