@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fbs_rl.decode.gate_rows import PANEL
 from fbs_rl.decode.kernel_arguments import make_call
 from fbs_rl.decode.step_buffers import MOST_FOUND
 from fbs_rl.model.skip_gate import gate_uniform
@@ -283,7 +284,8 @@ def test_noise_is_that_of_the_model(bench: Bench) -> None:
     seeds, width = torch.tensor([-7, 2**33 + 5, 12345]), 4
     position, layer = bench.integers(3, 70000, 9), 5
     skip_LB = torch.zeros(8, ROWS, dtype=torch.int32, device=bench.device)
-    zero = torch.zeros(64, dtype=bench.dtype, device=bench.device)
+    stay_LB = torch.zeros_like(skip_LB)
+    zero = torch.zeros(3 * PANEL * PANEL, dtype=bench.dtype, device=bench.device)
     probs = torch.zeros(1, 8, ROWS, device=bench.device)
     skips = torch.zeros(1, 8, ROWS, dtype=torch.uint8, device=bench.device)
     bench.run(
@@ -294,7 +296,6 @@ def test_noise_is_that_of_the_model(bench: Bench) -> None:
             front_stride=8,
             reduce_width=width,
             weights=zero,
-            weight_count=len(zero),
             hidden_width=2,
             clip=6.0,
             eps=1e-6,
@@ -307,6 +308,7 @@ def test_noise_is_that_of_the_model(bench: Bench) -> None:
             members=2,
             free_mask=0b11,
             skip_LB=skip_LB,
+            stay_LB=stay_LB,
             layers=8,
             step=bench.integers(0),
             trace_steps=1,
@@ -315,6 +317,57 @@ def test_noise_is_that_of_the_model(bench: Bench) -> None:
         )
     )
     wanted = gate_uniform(seeds, position.cpu().unsqueeze(1), layer)[:, 0] < 0.5
-    assert skip_LB[layer].bool().tolist() == skip_LB[layer + 1].bool().tolist() == wanted.tolist()
-    assert skips[0, layer].bool().tolist() == wanted.tolist()
+    assert skip_LB[layer].bool().tolist() == (~stay_LB[layer].bool()).tolist() == wanted.tolist()
+    assert skips[0, layer].bool().tolist() == skips[0, layer + 1].bool().tolist() == wanted.tolist()
     assert probs[0, layer].tolist() == [0.5] * ROWS and not skip_LB[:5].any()
+
+
+@pytest.mark.parametrize(("horizons", "rank", "mixes"), [(11, 48, True), (1, 32, True), (9, 40, False)])  # fmt: skip
+def test_horizons_are_mixed_with_their_neighbours_and_pooled(
+    bench: Bench, horizons: int, rank: int, mixes: bool
+) -> None:
+    seen = torch.randn(ROWS, horizons, rank, generator=bench.draw).to(bench.device)
+    weight = torch.rand(ROWS, horizons, generator=bench.draw).to(bench.device)
+    mix, bias, out = bench.normal(rank, 16, 3), bench.normal(rank), bench.blank(ROWS, rank)
+    bench.run(
+        make_call(
+            "pool", 32 * 1024, seen_BKR=seen, weight_BK=weight, horizons=horizons, rank=rank, pooled_BR=out,
+            mix=mix.permute(1, 2, 0).contiguous() if mixes else None, mix_bias=bias if mixes else None,
+        )
+    )  # fmt: skip
+    value = seen.double()
+    if mixes:
+        value = torch.nn.functional.conv1d(
+            value.transpose(1, 2), mix.double(), bias.double(), padding=1, groups=rank // 16
+        ).transpose(1, 2)
+        value = torch.nn.functional.silu(value) * weight.double().unsqueeze(-1)
+    assert_close(out, value.sum(1) / (weight.double().sum(1, keepdim=True) + 1e-6), bench.dtype)
+
+
+def test_closed_chunks_are_read_through_a_ring(bench: Bench) -> None:
+    """A row with few of them, one whose ring is just full, one whose ring has gone round; and a null slot each."""
+    ring, heads, width, buckets, before = 300, 2, 48, 4, (5, 300, 1000)
+    keys, values = bench.normal(ROWS, ring, width), bench.normal(ROWS, ring, width)
+    null_key, null_value, query = bench.normal(width), bench.normal(width), bench.normal(ROWS, width)  # fmt: skip
+    bias_HC = bench.normal(heads, buckets)
+    bucket_C = bench.integers(*[back * buckets // ring for back in range(ring)])
+    scores, out = torch.zeros(ROWS, heads, 1 + ring, device=bench.device), bench.blank(ROWS, width)
+    told: dict[str, Any] = {
+        "front": query, "front_stride": width, "null_key": null_key, "null_value": null_value, "keys": keys,
+        "values": values, "bias_HC": bias_HC, "bucket_C": bucket_C, "heads": heads, "width": width,
+        "buckets": buckets, "ring_length": ring, "scale": 0.25, "before_B": bench.integers(*before),
+        "score_BHC": scores, "out": out,
+    }  # fmt: skip
+    bench.run(make_call("chunk_scores", **told), make_call("chunk_mix", 4 * ring, **told))
+    wanted = []
+    for row, closed in enumerate(before):
+        chunks = torch.arange(max(0, closed - ring), closed, device=bench.device)
+        bias = bias_HC[:, bucket_C[closed - 1 - chunks].long()].double()
+        key, value = (
+            torch.cat((null.unsqueeze(0), kept[row, chunks % ring])).double().view(-1, heads, width // heads)
+            for null, kept in ((null_key, keys), (null_value, values))
+        )  # fmt: skip
+        score = torch.einsum("hd,shd->hs", query[row].double().view(heads, -1), key) * 0.25
+        score[:, 1:] += bias
+        wanted.append(torch.einsum("hs,shd->hd", score.softmax(-1), value).flatten())
+    assert_close(out, torch.stack(wanted), bench.dtype)

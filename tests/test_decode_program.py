@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fbs_rl.decode.gate_rows import PANEL
 from fbs_rl.decode.kernel_arguments import Void, kinds, make_call
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.product_plan import ProductPlan
@@ -46,13 +47,13 @@ def test_weights_of_a_wrong_guess_are_not_used(bench: Bench, skips: bool, kept_f
     )
     outs = [bench.blank(ROWS, len(weight)) for weight in (first, middle, last)]
     skip_B, wanted = bench.integers(*[int(not skips)] * ROWS), x.double() @ middle.double().T
-    zero = torch.zeros(64, dtype=bench.dtype, device=bench.device)
+    zero = torch.zeros(3 * PANEL * PANEL, dtype=bench.dtype, device=bench.device)
     tau_B = torch.full(
         (ROWS,), 0.4 if skips else 0.6, device=bench.device
     )  # the gate says one half
     turns = make_call(
-        "decide", 32 * 1024, front=zero, reduce_width=4, weights=zero, weight_count=len(zero),
-        hidden_width=2, clip=6.0, eps=1e-6, motion_B2=torch.zeros(ROWS, 2, device=bench.device),
+        "decide", 32 * 1024, front=zero, reduce_width=4, weights=zero, hidden_width=2, clip=6.0, eps=1e-6,
+        motion_B2=torch.zeros(ROWS, 2, device=bench.device),
         tau_B=tau_B, seed_B2=bench.integers(*[0] * 2 * ROWS), position_B=bench.integers(*[0] * ROWS), members=1,
         free_mask=1, skip_LB=skip_B, layers=1, step=bench.integers(0), trace_steps=0,
     )  # fmt: skip

@@ -29,6 +29,9 @@ CASES: list[tuple[str, int, str, dict[str, Any]]] = [
     ("qwen3", 2, "threshold", {}),
     ("qwen3", 1, "sample", {**NOOP, "chunk_cache": 3}),
     ("llama", 2, "threshold", {"gate_block": 4, "never_skip": (5,), "gate_inputs": "residual", **NOOP}),
+    ("qwen3", 1, "threshold", {"gate_block": 2}),
+    ("llama", 2, "sample", {"gate_block": 3, "gate_residual_width": 72, "gate_hidden": 80, "paw_rank": 80,
+                            "gate_preview_width": 70, "paw_horizon": 9}),
     ("qwen3", 1, "threshold", {"paw_window": "fixed", "paw_compression": "mean", "gate_inputs": "preview"}),
 ]  # fmt: skip
 
@@ -175,6 +178,20 @@ def test_rows_that_decide_together_skip_by_the_mean(place: str) -> None:
         found, _ = forced(decoder, prompt, fed, {"tau": tau})
         assert found.skip_LBT[0, :, 0].tolist() == [skipped, skipped]
         assert bool((found.skip_LBT[:, 0] == found.skip_LBT[:, 1]).all())
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_follower_asks_its_skip_adapter_only_where_somebody_skips(place: str, rows: int) -> None:
+    """Layers behind the first of a block have nothing else to ask; they are the odd ones here."""
+    decoder = decoder_of(lively("qwen3", gate_block=2), place, rows, "threshold")
+    buffers, prompt, fed = decoder.writer.layers, tokens(rows, PROMPT, 12), tokens(rows, 1, 13)
+    adapter_BR = buffers.front(1)[:, : decoder.model.config.adapter_rank]
+    for tau, asked in ((1.0, False), (0.0, True)):
+        adapter_BR.fill_(torch.nan)
+        found, _ = forced(decoder, prompt, fed, {"tau": tau})
+        assert bool(found.skip_LBT[1].all()) == asked
+        assert bool(adapter_BR.isnan().any()) != asked
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -268,6 +268,7 @@ class GraphDecoder:
             gates.seed_B2.copy_(seed_B.view(torch.int32).view(-1, 2))  # low word first
         for tensor in (gates.skip_LB, gates.prob_TLB, gates.skip_TLB):
             tensor.zero_()
+        gates.stay_LB.fill_(1)
         if writer.chunks is not None:
             _copy_chunks(cache, writer.chunks)
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from fbs_rl.decode.front_rows import FrontRows
 from fbs_rl.decode.kernel_arguments import Void
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.module_calls import (
@@ -50,10 +51,7 @@ def _write_modules(writer: StepWriter, layer: FBSLayer) -> None:
     if asks_with_entry(writer, layer):
         _write_entry(writer, layer)
     elif front is not None:
-        writer.product(
-            "product_front", [front.weight_Fd], writer.entering(index), writer.layers.front(index),
-            bias_N=front.bias_F, scale_N=front.scale_F,
-        )  # fmt: skip
+        _write_front(writer, layer, front)
     if layer.paw is not None:
         write_look(writer, layer)
     if index == writer.model.config.boundary_layer:
@@ -64,6 +62,20 @@ def _write_modules(writer: StepWriter, layer: FBSLayer) -> None:
     if layer.chunk_reader is not None:
         write_chunk_read(writer, layer)
         write_chunk_end(writer, layer)
+
+
+def _write_front(writer: StepWriter, layer: FBSLayer, front: FrontRows) -> None:
+    index = layer.index
+    # Inside a block of one decision all but the skip adapter's rows may be missing: they are for those who skip.
+    follows = set(front.place) == {"adapter"}
+    call = writer.product(
+        "product_front", [front.weight_Fd], writer.entering(index), writer.layers.front(index),
+        bias_N=front.bias_F, scale_N=front.scale_F, skip_B=writer.stay_B(index) if follows else None,
+    )  # fmt: skip
+    if follows and writer.shape.rows == 1:  # by flags that are known already
+        call.void_flags, call.void_where = writer.skip_B(index), Void.SOME_ROW_RUNS
+    elif follows:
+        call.void_flags = writer.stay_B(index)
 
 
 def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:

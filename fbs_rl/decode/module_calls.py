@@ -7,49 +7,31 @@ from typing import Any
 
 from torch import Tensor
 
+from fbs_rl.decode.gate_rows import span
 from fbs_rl.decode.kernel_arguments import Void
 from fbs_rl.decode.program import WARPS
-from fbs_rl.decode.step_buffers import MOST_FOUND
+from fbs_rl.decode.step_buffers import MOST_FOUND, PreviewBuffers
 from fbs_rl.decode.step_writer import StepWriter
 from fbs_rl.model.layer import FBSLayer
+from fbs_rl.model.preview import Paw
 from fbs_rl.model.skip_path import SkipAdapter
 from fbs_rl.types import Compression, GateInputs, KVPolicy
 
-_SHORTLIST_BYTES = 4 * (
-    2 * MOST_FOUND + 256
-)  # keys, places, and a flag a thread: kernels/preview.cu
-_MOST_HORIZONS = 64
-_LINE = 512 + 256  # of kernels/gate.cu
+# Keys, places, and a flag a thread: kernels/preview.cu.
+_SHORTLIST_BYTES = 4 * (2 * MOST_FOUND + 256)
+_BATCH = 8  # of kernels/pool.cu
 
 
 def write_look(writer: StepWriter, layer: FBSLayer) -> None:
     """ṽ and H₁ of a PAW layer; at the first one of a step, the shortlist before them."""
-    paw, head, buffers, config = (
-        layer.paw,
-        writer.model.model.preview,
-        writer.previews,
-        writer.model.config,
-    )
+    paw, head, buffers = layer.paw, writer.model.model.preview, writer.previews
     assert paw is not None and head is not None and buffers is not None
-    rank, horizons = head.rank, head.horizons
-    first = layer.index == config.preview_layers[0]
-    front, place = writer.layers.front(layer.index), writer.fronts[layer.index].place
+    first = layer.index == writer.model.config.preview_layers[0]
     if first:
-        count, blocks = len(buffers.table_NR), writer.multiprocessors
-        writer.call(
-            "scores", 4 * (2 * rank + -(-count // blocks)), front=front, front_stride=front.stride(0),
-            query_at=place["query"], mean_map_RR=buffers.mean_map_RR, table_NR=buffers.table_NR,
-            prior_N=buffers.prior_N, count=count, rank=rank, score_BN=buffers.score_BN, best=buffers.best,
-        )  # fmt: skip
-        writer.call(
-            "shortlist", _SHORTLIST_BYTES, score_BN=buffers.score_BN, count=count,
-            wanted=head.shortlist_size, index_BM=buffers.index_BM, best=buffers.best,
-            offers=blocks, key_BF=buffers.key_BF, place_BF=buffers.place_BF,
-            found_B=buffers.found_B, arrived_B=buffers.arrived_B,
-        )  # fmt: skip
-    dynamic = paw.fixed_window is None
+        _write_shortlist(writer, layer, buffers)
+    front, place = writer.layers.front(layer.index), writer.fronts[layer.index].place
     window: dict[str, Any] = {"fixed_window": float(paw.fixed_window or 0)}
-    if dynamic:
+    if paw.fixed_window is None:
         window = {
             "window_at": place["window"],
             "window_hidden": paw.window_in.out_features,
@@ -57,20 +39,48 @@ def write_look(writer: StepWriter, layer: FBSLayer) -> None:
             "window_bias": paw.window_out.bias,
             "fixed_window": -1.0,
         }
-    mixes = paw.compression is Compression.CONV
-    count = head.shortlist_size
-    # LookRoom of kernels/preview.cu; taps lie an odd number of words apart.
-    taps = rank * (12 * buffers.table_NR.element_size() + 1) if mixes else 0
-    floats = count * (rank + 4) + rank + 3 * (2 * rank + count) + _MOST_HORIZONS + taps
+    rank, count = head.rank, head.shortlist_size
+    # LookRoom of kernels/preview.cu
+    table = count * (rank * (16 // writer.shape.lane_numbers) + 64)
+    floats = 2 * rank + 2 * 32 * WARPS + 4 + (1 + WARPS) * count
     writer.call(
-        "look", 4 * floats, front=front, front_stride=front.stride(0), hard=int(paw.hard),
-        temperature=config.paw_temperature,
-        query_at=place["query"], maps_KRR=head.horizon_maps, index_BM=buffers.index_BM,
-        table_NR=buffers.table_NR, early=int(not first), horizons=horizons, candidates=count, rank=rank,
-        mix=paw.mix.weight if mixes else None, mix_bias=paw.mix.bias if mixes else None,
-        pooled_BR=buffers.pooled_BR, entropy_B=buffers.entropy_B, mixed_BKR=buffers.mixed_BKR,
-        arrived_B=buffers.arrived_B, **window,
+        "look", table + 4 * floats, front=front, front_stride=front.stride(0), hard=int(paw.hard),
+        temperature=writer.model.config.paw_temperature, query_at=place["query"], maps_KRR=head.horizon_maps,
+        index_BM=buffers.index_BM, table_NR=buffers.table_NR, early=int(not first), horizons=head.horizons,
+        candidates=count, rank=rank, seen_BKR=buffers.seen_BKR, weight_BK=buffers.weight_BK,
+        entropy_B=buffers.entropy_B, **window,
     )  # fmt: skip
+    _write_pool(writer, paw, buffers.taps[layer.index], buffers)
+
+
+def _write_shortlist(writer: StepWriter, layer: FBSLayer, buffers: PreviewBuffers) -> None:
+    head = writer.model.model.preview
+    assert head is not None
+    front, place = writer.layers.front(layer.index), writer.fronts[layer.index].place
+    count, blocks, rank = len(buffers.table_NR), writer.multiprocessors, head.rank
+    writer.call(
+        "scores", 4 * (2 * rank + -(-count // blocks)), front=front, front_stride=front.stride(0),
+        query_at=place["query"], mean_map_RR=buffers.mean_map_RR, table_NR=buffers.table_NR,
+        prior_N=buffers.prior_N, count=count, rank=rank, score_BN=buffers.score_BN, best=buffers.best,
+    )  # fmt: skip
+    writer.call(
+        "shortlist", _SHORTLIST_BYTES, score_BN=buffers.score_BN, count=count,
+        wanted=head.shortlist_size, index_BM=buffers.index_BM, best=buffers.best,
+        offers=blocks, key_BF=buffers.key_BF, place_BF=buffers.place_BF,
+        found_B=buffers.found_B, arrived_B=buffers.arrived_B,
+    )  # fmt: skip
+
+
+def _write_pool(writer: StepWriter, paw: Paw, taps: Tensor, buffers: PreviewBuffers) -> None:
+    horizons, rank = buffers.seen_BKR.shape[1:]
+    mixes, batches = paw.compression is Compression.CONV, -(-horizons // _BATCH)
+    floats = (batches * _BATCH + 2 + batches) * rank + batches * _BATCH  # PoolRoom
+    call = writer.call(
+        "pool", 4 * floats + (taps.nbytes if mixes else 0), seen_BKR=buffers.seen_BKR,
+        weight_BK=buffers.weight_BK, mix=taps if mixes else None, mix_bias=paw.mix.bias if mixes else None,
+        horizons=horizons, rank=rank, pooled_BR=buffers.pooled_BR,
+    )  # fmt: skip
+    call.quiet = writer.shape.rows == 1  # every block makes the row by itself
 
 
 def write_injection(writer: StepWriter, layer: FBSLayer) -> None:
@@ -126,10 +136,10 @@ def write_decision(writer: StepWriter, layer: FBSLayer) -> None:
     held = writer.held_bytes(config.hidden_size) if asks_with_entry(writer, layer) else 0
     call = writer.call(
         "decide", held + gate_bytes(writer, layer), front=front, front_stride=front.stride(0), weights=weights,
-        weight_count=len(weights), hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
+        hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
         sampled=int(writer.sampled), consensus=int(writer.together), tau_B=gates.tau_B, seed_B2=gates.seed_B2,
         position_B=writer.tokens.position_B, leader=index, members=end - index, free_mask=mask,
-        skip_LB=gates.skip_LB, layers=config.layer_count, step=writer.tokens.step,
+        skip_LB=gates.skip_LB, stay_LB=gates.stay_LB, layers=config.layer_count, step=writer.tokens.step,
         trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, held_bytes=held, **reads,
     )  # fmt: skip
     call.quiet = call.sets_flags = True
@@ -164,13 +174,11 @@ def gate_bytes(writer: StepWriter, layer: FBSLayer) -> int:
     """Of GateRoom in kernels/gate.cu."""
     gate, rows, path = layer.skip_gate, writer.shape.rows, layer.skip_path
     assert gate is not None
-    pooled = gate.preview.in_features if gate.reads_preview else 0
     rank = path.up.in_features if isinstance(path, SkipAdapter) else 0
-    floats = WARPS * _LINE + -(-rows * (2 * gate.hidden.out_features + rank) // 4) * 4
+    reduced = gate.reduce.out_features if gate.reads_residual else 0
+    floats = rows * (span(gate.hidden.in_features - reduced) + WARPS) + -(-rows * rank // 4) * 4
     columns = -(-writer.model.config.hidden_size // writer.multiprocessors)
-    numbers = (
-        -(-rows * pooled // 8) * 8 + len(writer.gate_rows[layer.index].weight_N) + columns * rank
-    )
+    numbers = (rows * span(reduced) if rows > 1 else 0) + columns * rank
     return 4 * floats + numbers * (16 // writer.shape.lane_numbers)
 
 
@@ -216,14 +224,15 @@ def write_chunk_read(writer: StepWriter, layer: FBSLayer) -> None:
     width = reader.key.out_features
     skip_B = writer.skip_B(layer.index)
     void = _read_by_nobody(writer, layer)
-    writer.call(
-        "chunk_read", 4 * (2 + 2 * reader.cap + width // reader.heads + 2048), front=front,
-        front_stride=front.stride(0), query_at=writer.fronts[layer.index].place["chunk_query"],
-        null_key=reader.null_key, null_value=reader.null_value, keys=keys, values=values,
-        bias_HC=reader.distance_bias, bucket_C=chunks.bucket_C, heads=reader.heads, width=width,
-        buckets=reader.buckets, ring_length=reader.cap, scale=1 / math.sqrt(width // reader.heads),
-        before_B=chunks.before_B, skip_B=skip_B, out=chunks.mixed_BW,
-    ).void_flags = void  # fmt: skip
+    told: dict[str, Any] = {
+        "front": front, "front_stride": front.stride(0), "query_at": writer.fronts[layer.index].place["chunk_query"],
+        "null_key": reader.null_key, "null_value": reader.null_value, "keys": keys, "values": values,
+        "bias_HC": reader.distance_bias, "bucket_C": chunks.bucket_C, "heads": reader.heads, "width": width,
+        "buckets": reader.buckets, "ring_length": reader.cap, "scale": 1 / math.sqrt(width // reader.heads),
+        "before_B": chunks.before_B, "skip_B": skip_B, "score_BHC": chunks.score_BHC, "out": chunks.mixed_BW,
+    }  # fmt: skip
+    for name, room in (("chunk_scores", 0), ("chunk_mix", 4 * reader.cap)):
+        writer.call(name, room, **told).void_flags = skip_B
     residual = writer.entering(layer.index) if layer.paw is None else buffers.injected_Bd
     writer.product(
         "product_inject_chunks", [reader.out.weight], chunks.mixed_BW, buffers.injected_Bd,

@@ -15,7 +15,7 @@ from torch import Tensor
 from fbs_rl.model.chunk_head import distance_bucket
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.modeling import FBSForCausalLM
-from fbs_rl.types import KVPolicy
+from fbs_rl.types import Compression, KVPolicy
 
 _MOST_SPLITS = 16  # MOST_PARTS of kernels/attention.cu
 MOST_FOUND = 1024  # FOUND_KEYS of kernels/preview.cu
@@ -163,9 +163,11 @@ def _attention_splits(heads: int, tokens: int, multiprocessors: int) -> int:
 
 @dataclass(slots=True)
 class GateBuffers:
-    """Decisions of the step and of the steps before it. seed_B2: low and high word of each row's seed."""
+    """Decisions of the step and of the steps before it: of layers that share one, at the first of them. stay_LB: 1
+    where a row does not skip. seed_B2: low and high word of each row's seed."""
 
     skip_LB: Tensor
+    stay_LB: Tensor
     motion_B2: Tensor
     tau_B: Tensor
     seed_B2: Tensor
@@ -177,6 +179,7 @@ class GateBuffers:
         layers, rows = config.layer_count, room.rows
         return cls(
             room.integers(layers, rows),
+            room.integers(layers, rows),
             room.floats(rows, 2),
             room.floats(rows),
             room.integers(rows, 2),
@@ -187,9 +190,10 @@ class GateBuffers:
 
 @dataclass(slots=True)
 class PreviewBuffers:
-    """As in Look, Scores and Shortlist of the kernels.
+    """As in Scores, Shortlist, Look and Pool of the kernels.
 
-    table_NR, mean_map_RR, prior_N: what the preview head's weights determine; copy_weights() follows them.
+    table_NR, mean_map_RR, prior_N: what the preview head's weights determine; taps: by PAW layer, the convolution's
+    weights [16, 3, R]. copy_weights() follows them.
     """
 
     score_BN: Tensor
@@ -199,12 +203,14 @@ class PreviewBuffers:
     found_B: Tensor
     arrived_B: Tensor
     index_BM: Tensor
-    mixed_BKR: Tensor
+    seen_BKR: Tensor
+    weight_BK: Tensor
     pooled_BR: Tensor
     entropy_B: Tensor
     table_NR: Tensor
     mean_map_RR: Tensor
     prior_N: Tensor
+    taps: dict[int, Tensor]
 
     @classmethod
     def empty(cls, room: Room, config: FBSConfig, blocks: int) -> PreviewBuffers:
@@ -218,11 +224,13 @@ class PreviewBuffers:
             room.integers(rows),
             room.integers(rows, config.paw_shortlist),
             room.floats(rows, config.paw_horizon, rank),
+            room.floats(rows, config.paw_horizon),
             room.numbers(rows, config.pooled_width),
             room.floats(rows),
             room.numbers(size, rank),
             room.numbers(rank, rank),
             room.floats(size),
+            {layer: room.numbers(16, 3, rank) for layer in config.preview_layers},
         )
 
     @torch.no_grad()
@@ -232,6 +240,9 @@ class PreviewBuffers:
         self.table_NR.copy_(head.reduced_embedding(model.model.embed_tokens.weight))
         self.mean_map_RR.copy_(head.horizon_maps.mean(0))
         self.prior_N.copy_(head.log_prior_N)
+        for layer in model.model.fbs_layers():
+            if layer.paw is not None and layer.paw.compression is Compression.CONV:
+                self.taps[layer.index].copy_(layer.paw.mix.weight.permute(1, 2, 0))
 
 
 @dataclass(slots=True)
@@ -250,6 +261,7 @@ class ChunkBuffers:
     kept_B: Tensor
     closed_TB: Tensor
     opens_TB: Tensor
+    score_BHC: Tensor
     mixed_BW: Tensor
     summary_BW: Tensor
     bucket_C: Tensor
@@ -264,6 +276,7 @@ class ChunkBuffers:
             *(room.integers(rows) for _ in range(7)),
             closed_TB=room.integers(room.steps, rows),
             opens_TB=room.bytes(room.steps, rows),
+            score_BHC=room.floats(rows, config.chunk_heads, 1 + ring),
             mixed_BW=room.numbers(rows, width),
             summary_BW=room.numbers(rows, width),
             bucket_C=bucket_C.int(),

@@ -79,8 +79,15 @@ class StepWriter:
         return self.shape.rows * columns * (16 // self.shape.lane_numbers)
 
     def skip_B(self, layer: int) -> Tensor | None:
-        """Flags of who skips the layer, None if nobody can."""
-        return self.gates.skip_LB[layer] if layer in self.free else None
+        """Flags of who skips the layer, None if nobody can. Layers that share a decision have the same."""
+        return self.gates.skip_LB[self._leader(layer)] if layer in self.free else None
+
+    def stay_B(self, layer: int) -> Tensor:
+        """Flags of who does not: a call that has them for its flags is void where nobody skips."""
+        return self.gates.stay_LB[self._leader(layer)]
+
+    def _leader(self, layer: int) -> int:
+        return layer - layer % self.model.config.gate_block
 
     def front(self, layer: int, part: str) -> Tensor:
         """[B, ...]: what the layer's front product makes of one part, from its first output on."""

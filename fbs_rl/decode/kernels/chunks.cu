@@ -21,8 +21,7 @@ struct Boundary {
   unsigned char* opens_trace;
 };
 
-__device__ __forceinline__ void boundary(const Boundary& c, Team& team) {
-  await(team);
+__device__ APART void boundary(const Boundary& c) {
   const int b = threadIdx.x;
   if (blockIdx.x || b >= ROWS) return;
   float logit[4];
@@ -67,84 +66,86 @@ struct ChunkRead {
   float scale;
   const int* before_B;
   const int* skip_B;
-  num* out;  // [ROWS, width]
+  float* score_BHC;  // [ROWS, heads, 1 + ring]: of the null slot, then of the ring's
+  num* out;          // [ROWS, width]
 };
 
-// Softmax of the scores by the whole block, rounded, in place.
-__device__ __forceinline__ void normalise_scores(float* score, int slots, float* scratch) {
-  const int warp = threadIdx.x / WARP;
-  float top = MINUS_INFINITY, total = 0.f;
-  ROLLED for (int s = threadIdx.x; s < slots; s += THREADS) top = fmaxf(top, score[s]);
-  top = warp_max(top);
-  if (threadIdx.x % WARP == 0) scratch[warp] = top;
-  __syncthreads();
-  ROLLED for (int w = 0; w < WARPS; ++w) top = fmaxf(top, scratch[w]);
-  __syncthreads();
-  ROLLED for (int s = threadIdx.x; s < slots; s += THREADS) total += expf(score[s] - top);
-  total = block_sum(total, scratch);
-  ROLLED for (int s = threadIdx.x; s < slots; s += THREADS) score[s] = rounded(expf(score[s] - top) / total);
-  __syncthreads();
-}
+__device__ __forceinline__ bool reads_none(const ChunkRead& c, int b) { return ROWS > 1 && skips(c.skip_B, b); }
 
-// Scores of the slots, of which 0 is the null slot, from what a query gave with their keys.
-__device__ __forceinline__ void score_chunks(const ChunkRead& c, int before, int slots, const float* bias_C, float* score) {
-  const int turn = before % c.ring_length;
-  ROLLED for (int s = threadIdx.x; s < slots; s += THREADS) {
-    const int gap = turn - s;  // slot s − 1 lies so many chunks back, in turns of the ring
-    const float v = rounded(rounded(score[s]) * c.scale);
-    score[s] = s ? rounded(v + bias_C[gap < 0 ? gap + c.ring_length : gap]) : v;
-  }
-}
-
-// One head of one row.
-__device__ __forceinline__ void read_chunks(const ChunkRead& c, int h, int b, Fixed& fixed, unsigned char* room) {
+// Scores of some slots of a head, several threads a slot; those of all heads over the blocks.
+__device__ APART void chunk_scores(const ChunkRead& c) {
   const int size = c.width / c.heads;
-  float* query = (float*)room;       // [size]
-  float* partial = query + size;     // [bands, size]
-  float* bias_C = partial + THREADS * LANE_NUMS;  // [ring]
-  float* score = bias_C + c.ring_length;          // [1 + used]
-  if (ROWS > 1 && skips(c.skip_B, b)) return;
-  const int before = __ldcg(c.before_B + b), slots = 1 + min(before, c.ring_length);
-  const num* whole = c.front + b * c.front_stride + c.query_at + h * size;
-  const float asked = (int)threadIdx.x < size ? read(whole + threadIdx.x) : 0.f;  // a head has at most 256 numbers
+  int lanes = 1;
+  while (lanes * 2 * LANE_NUMS <= size && lanes < WARP) lanes *= 2;
+  const int each = THREADS / lanes, parts = c.ring_length / each + 1, lane = threadIdx.x % lanes;
+  ROLLED for (int i = blockIdx.x; i < parts * c.heads * ROWS; i += gridDim.x) {
+    const int h = i % c.heads, b = i / c.heads % ROWS, slot = i / c.heads / ROWS * each + (int)threadIdx.x / lanes;
+    const int before = __ldcg(c.before_B + b), slots = 1 + min(before, c.ring_length);
+    if (reads_none(c, b)) continue;
+    const int s = min(slot, slots - 1), gap = before % c.ring_length - s;  // slot s − 1 lies so many chunks back,
+    const int back = gap < 0 ? gap + c.ring_length : gap;                  // in turns of the ring
+    const float bias = widen(c.bias_HC[h * c.buckets + c.bucket_C[s ? back : 0]]);
+    const num* key = s ? c.keys + ((long long)b * c.ring_length + s - 1) * c.width : c.null_key;
+    const num* query = c.front + b * c.front_stride + c.query_at;
+    float sum = 0.f;
 #pragma unroll 2
-  for (int i = threadIdx.x; i < c.ring_length; i += THREADS) bias_C[i] = widen(c.bias_HC[h * c.buckets + c.bucket_C[i]]);
-  const num* keys = c.keys + (long long)b * c.ring_length * c.width + h * size;
-  const num* values = c.values + (long long)b * c.ring_length * c.width + h * size;
-  if ((int)threadIdx.x < size) query[threadIdx.x] = asked;
-  __syncthreads();
-  multiply_rows(c.null_key + h * size, keys, c.width, slots, size, query, score);
-  __syncthreads();
-  score_chunks(c, before, slots, bias_C, score);
-  __syncthreads();
-  normalise_scores(score, slots, fixed.scratch);
-  const int wide = size / LANE_NUMS, bands = THREADS / wide, band = threadIdx.x / wide, at = threadIdx.x % wide * LANE_NUMS;
-  float sum[LANE_NUMS] = {};
-  if (band < bands) {
-#pragma unroll 8
-    for (int s = 1 + band; s < slots; s += bands) {
-      float v[LANE_NUMS];
-      unpack(__ldcg((const uint4*)(values + (long long)(s - 1) * c.width + at)), v);
+    for (int k = lane * LANE_NUMS; k < size; k += lanes * LANE_NUMS) {
+      float q[LANE_NUMS], v[LANE_NUMS];
+      unpack(__ldcg((const uint4*)(query + h * size + k)), q);
+      unpack(__ldcg((const uint4*)(key + h * size + k)), v);
 #pragma unroll
-      for (int j = 0; j < LANE_NUMS; ++j) sum[j] = fmaf(score[s], v[j], sum[j]);
+      for (int j = 0; j < LANE_NUMS; ++j) sum = fmaf(q[j], v[j], sum);
     }
-#pragma unroll
-    for (int j = 0; j < LANE_NUMS; ++j) partial[band * size + at + j] = sum[j];
-  }
-  __syncthreads();
-  ROLLED for (int i = threadIdx.x; i < size; i += THREADS) {
-    float all = score[0] * widen(c.null_value[h * size + i]);
-    ROLLED for (int k = 0; k < bands; ++k) all += partial[k * size + i];
-    c.out[b * c.width + h * size + i] = narrow(all);
+    ROLLED for (int d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    const float score = rounded(rounded(sum) * c.scale);
+    if (lane == 0 && slot < slots)
+      c.score_BHC[((long long)b * c.heads + h) * (1 + c.ring_length) + s] = s ? rounded(score + bias) : score;
   }
 }
 
-__device__ __forceinline__ void chunk_read(const ChunkRead& c, Team& team, Fixed& fixed,
-                                           unsigned char* room) {
-  await(team);
-  if (!layer_runs(c.skip_B, team)) return;
-  ROLLED for (int i = blockIdx.x; i < c.heads * ROWS; i += gridDim.x) {
-    read_chunks(c, i % c.heads, i / c.heads, fixed, room);
+// LANE_NUMS columns of a head: what the values of all slots are, weighed by the softmax of their scores. score: [ring], of
+// which a thread touches its own.
+__device__ __forceinline__ void mix_chunks(const ChunkRead& c, int h, int b, int column, Fixed& fixed, float* score) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  const int used = min(__ldcg(c.before_B + b), c.ring_length);
+  const num* values = c.values + (long long)b * c.ring_length * c.width + column;
+  const float* scores = c.score_BHC + ((long long)b * c.heads + h) * (1 + c.ring_length);
+  const float null_score = __ldcg(scores);
+  float top = null_score, total = 0.f, sum[WARP_ROWS] = {};  // LANE_NUMS of them
+#pragma unroll 2
+  for (int s = threadIdx.x; s < used; s += THREADS) top = fmaxf(top, score[s] = __ldcg(scores + 1 + s));
+  top = warp_max(top);
+  if (lane == 0) fixed.values[warp] = top;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) top = fmaxf(top, fixed.values[w]);
+  ROLLED for (int s = threadIdx.x; s < used; s += THREADS) total += score[s] = expf(score[s] - top);
+  const float null_weight = expf(null_score - top);
+  total = block_sum(total, fixed.scratch) + null_weight;
+#pragma unroll 2
+  for (int s = threadIdx.x; s < used; s += THREADS) {
+    float v[LANE_NUMS];
+    unpack(__ldcg((const uint4*)(values + (long long)s * c.width)), v);
+    const float prob = rounded(score[s] / total);
+#pragma unroll
+    for (int i = 0; i < LANE_NUMS; ++i) sum[i] = fmaf(prob, v[i], sum[i]);
+  }
+  float* part = &fixed.sums[0][0];  // [WARP_ROWS, WARPS]
+  const float mine = sum_rows(sum);
+  if (lane % ROW_LANES == 0) part[lane / ROW_LANES * WARPS + warp] = mine;
+  __syncthreads();
+  if (threadIdx.x >= LANE_NUMS) return;
+  float all = rounded(null_weight / total) * widen(c.null_value[column + threadIdx.x]);
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) all += part[threadIdx.x * WARPS + w];
+  c.out[b * c.width + column + threadIdx.x] = narrow(all);
+}
+
+__device__ APART void chunk_mix(const ChunkRead& c, Fixed& fixed, unsigned char* room) {
+  const int wide = c.width / LANE_NUMS;
+  ROLLED for (int i = blockIdx.x; i < wide * ROWS; i += gridDim.x) {
+    const int b = i / wide, column = i % wide * LANE_NUMS;
+    if (!reads_none(c, b)) mix_chunks(c, column / (c.width / c.heads), b, column, fixed, (float*)room);
     __syncthreads();
   }
 }
@@ -159,8 +160,7 @@ struct ChunkExtend {
 };
 
 // Every block finds the row's norm by itself and adds to its own columns.
-__device__ __forceinline__ void chunk_extend(const ChunkExtend& c, Team& team, Fixed& fixed) {
-  await(team);
+__device__ APART void chunk_extend(const ChunkExtend& c, Fixed& fixed) {
   int first, end;
   columns_of(c.width, first, end);
   ROLLED for (int b = 0; b < ROWS; ++b) {

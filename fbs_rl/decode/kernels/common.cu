@@ -26,6 +26,8 @@ typedef float num;
 #else
 #define ONE_COPY __noinline__
 #endif
+// The same before what runs seldom: inlined it would take registers from what runs often.
+#define APART ONE_COPY
 
 #define WARP 32
 #define WARPS 8   // of a block, that work on its calls
@@ -269,22 +271,18 @@ __device__ __forceinline__ bool arrive_last(int* counter, int blocks, int* scrat
 
 #define ROWS_AT_ONCE 8  // rows of a thread
 
-// out[r] = row r · x, `size` numbers each; row 0 lies at `first`, the others from `rest` on. Several threads a row.
-__device__ ONE_COPY void multiply_rows(const num* first, const num* rest, int stride, int count, int size, const float* x,
-                                       float* out) {
+// out[r] = row r · x, rounded; `count` rows of `size` numbers behind each other. Several threads a row.
+__device__ ONE_COPY void multiply_rows(const num* weight, int count, int size, const float* x, float* out) {
   int lanes = 1;
   while (lanes * 2 * LANE_NUMS <= size && lanes < WARP) lanes *= 2;
   const int lane = threadIdx.x % lanes, step = THREADS / lanes;
-  ROLLED for (int from = 0; from < count; from += ROWS_AT_ONCE * step) {
-    const int mine = from + threadIdx.x / lanes;
+  ROLLED for (int mine = threadIdx.x / lanes; mine - (int)threadIdx.x / lanes < count; mine += ROWS_AT_ONCE * step) {
     float sum[ROWS_AT_ONCE] = {};
     ROLLED for (int i = lane * LANE_NUMS; i < size; i += lanes * LANE_NUMS) {
       uint4 held[ROWS_AT_ONCE];
 #pragma unroll
-      for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-        const int row = min(mine + r * step, count - 1);
-        held[r] = __ldcg((const uint4*)((row ? rest + (long long)(row - 1) * stride : first) + i));
-      }
+      for (int r = 0; r < ROWS_AT_ONCE; ++r)
+        held[r] = __ldcg((const uint4*)(weight + min(mine + r * step, count - 1) * size + i));
 #pragma unroll
       for (int r = 0; r < ROWS_AT_ONCE; ++r) {
         float v[LANE_NUMS];
@@ -298,7 +296,7 @@ __device__ ONE_COPY void multiply_rows(const num* first, const num* rest, int st
       for (int r = 0; r < ROWS_AT_ONCE; ++r) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], d);
 #pragma unroll
     for (int r = 0; r < ROWS_AT_ONCE; ++r)
-      if (lane == 0 && mine + r * step < count) out[mine + r * step] = sum[r];
+      if (lane == 0 && mine + r * step < count) out[mine + r * step] = rounded(sum[r]);
   }
 }
 
@@ -323,6 +321,7 @@ __device__ __forceinline__ void forget(Team& team) {
 
 // The same, read once for the calls of a layer.
 __device__ __forceinline__ bool layer_runs(const int* skip_B, Team& team) {
+  if (!skip_B) return true;
   if (skip_B != team.known_B) {
     team.known_B = skip_B;
     team.known = any_runs(skip_B);
@@ -332,6 +331,13 @@ __device__ __forceinline__ bool layer_runs(const int* skip_B, Team& team) {
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
+// The same within some last bits, in less code.
+#ifdef EMULATED
+__device__ __forceinline__ float quick_silu(float x) { return silu(x); }
+#else
+__device__ __forceinline__ float quick_silu(float x) { return __fdividef(x, 1.f + expf(-x)); }
+#endif
+
 // --- a block ------------------------------------------------------------------------------------------
 
 // Its shared memory: Fixed, then each warp's ring of weights, then room for the call that runs.
@@ -340,9 +346,5 @@ struct Fixed {
   float sums[32][4];
   float values[32];
   int indices[32];
-  float prob_B[16];
-  float tau_B[16];
-  u32 seed_B2[32];
-  int position_B[16];
   int counts[4];
 };

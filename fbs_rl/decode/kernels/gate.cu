@@ -13,7 +13,6 @@ struct Decision {
   int fresh;  // the call in front made these two
   int hidden_width;
   const num* weights;  // of the gate, as fbs_rl.decode.gate_rows lays them out
-  int weight_count;
   const num* later;  // of the next gate
   int later_bytes;
   float clip;
@@ -31,7 +30,8 @@ struct Decision {
   int leader;
   int members;   // layers of the block
   u32 free_mask; // which of them may skip
-  int* skip_LB;
+  int* skip_LB;  // all members read the leader's
+  int* stay_LB;  // the other way round: 1 where a row runs
   int layers;
   const int* step;
   int trace_steps;
@@ -55,263 +55,172 @@ __device__ __forceinline__ float gate_noise(u32 low, u32 high, u32 position, u32
   return (float)(mix_word(word + layer * 0xC2B2AE35u) >> 8) * 5.9604644775390625e-8f;
 }
 
-// Motion (δ, cos) of every row into held_B2, one or more warps a row: of those that ran the layer in front
-// what it is now, of the others what it was.
-__device__ __forceinline__ void note_motion(const num* before_Bd, const num* after_Bd, const int* left_skip_B, int width,
-                                            float* motion_B2, float (*sums)[4], float* held_B2) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  const int each = max(1, WARPS / ROWS), at_once = WARPS / each;
-  ROLLED for (int b0 = 0; b0 < ROWS; b0 += at_once) {
-    const int b = b0 + warp / each;
-    const bool mine = b < ROWS && warp / each < at_once, first = mine && warp % each == 0 && lane == 0;
-    float motion[2] = {}, sum[4] = {};
-    bool kept = true;
-    if (first) {
-      motion[0] = __ldcg(motion_B2 + 2 * b);
-      motion[1] = __ldcg(motion_B2 + 2 * b + 1);
-      kept = !before_Bd || skips(left_skip_B, b);
-    }
-    if (mine && before_Bd)
-#pragma unroll 2
-      for (int k = warp % each * WARP + lane; k < width / LANE_NUMS; k += each * WARP) {
-        float old[LANE_NUMS], now[LANE_NUMS];
-        unpack(__ldcg((const uint4*)(before_Bd + (long long)b * width) + k), old);
-        unpack(__ldcg((const uint4*)(after_Bd + (long long)b * width) + k), now);
+// A gate's matrices have zeros behind their rows and columns, up to whole panels: a warp takes eight rows at once, a lane
+// two columns of each.
+#define PANEL 64
+#define WARP_ROWS (PANEL / WARPS)
+
+__device__ __forceinline__ int span(int count) { return (count + PANEL - 1) / PANEL * PANEL; }
+
+// A lane's columns of a warp's rows.
+struct Slice {
+  pair weight[WARP_ROWS];
+};
+
+__device__ __forceinline__ void load_slice(const num* panel, int width, int row, int column, Slice& s) {
 #pragma unroll
-        for (int i = 0; i < LANE_NUMS; ++i) {
-          sum[0] += (now[i] - old[i]) * (now[i] - old[i]);
-          sum[1] += now[i] * old[i];
-          sum[2] += old[i] * old[i];
-          sum[3] += now[i] * now[i];
-        }
-      }
+  for (int r = 0; r < WARP_ROWS; ++r) s.weight[r] = *(const pair*)(panel + (row + r) * width + column);
+}
+
+__device__ __forceinline__ void add_slice(const Slice& s, const float x[2], float acc[WARP_ROWS]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] = warp_sum(sum[i]);
-    if (lane == 0)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[warp][i] = sum[i];
-    __syncthreads();
-    if (first && !kept) {
-      ROLLED for (int w = 1; w < each; ++w)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i] += sums[warp + w][i];
-      const float old = fmaxf(sqrtf(sum[2]), 1e-10f), now = fmaxf(sqrtf(sum[3]), 1e-10f);
-      motion_B2[2 * b] = motion[0] = sqrtf(sum[0]) / old;
-      motion_B2[2 * b + 1] = motion[1] = sum[1] / now / old;
-    }
-    if (first) {
-      held_B2[2 * b] = motion[0];
-      held_B2[2 * b + 1] = motion[1];
-    }
-    __syncthreads();
+  for (int r = 0; r < WARP_ROWS; ++r) {
+    float weight[2];
+    widen_pair(s.weight[r], weight);
+    acc[r] += weight[0] * x[0] + weight[1] * x[1];
   }
 }
 
-#define LINE (512 + 256)  // features and a preview
+#define ROW_LANES (WARP / WARP_ROWS)  // that hold the same sum
 
-__device__ __forceinline__ int feature_count(const Decision& d) {
-  return (d.reduce_width ? d.reduce_width + 2 : 0) + (d.preview_width ? d.preview_width + 1 : 0);
+// Sums over the warp of all rows at once: a lane gets that of row lane / ROW_LANES. In each round a lane gives one half of
+// what it has left and takes its own half from the lane across.
+__device__ __forceinline__ float sum_rows(float acc[WARP_ROWS]) {
+  const int lane = threadIdx.x % WARP;
+#pragma unroll
+  for (int d = 16; d >= ROW_LANES; d /= 2) {
+    const int left = d / ROW_LANES;
+    const bool upper = lane & d;
+#pragma unroll
+    for (int i = 0; i < WARP_ROWS / 2; ++i) {
+      if (i >= left) continue;
+      const float given = upper ? acc[i] : acc[i + left];
+      acc[i] = (upper ? acc[i + left] : acc[i]) + __shfl_xor_sync(0xffffffffu, given, d);
+    }
+  }
+#pragma unroll
+  for (int d = ROW_LANES / 2; d; d /= 2) acc[0] += __shfl_xor_sync(0xffffffffu, acc[0], d);
+  return acc[0];
 }
 
-// What a decision works on in shared memory. Features are [RMSNorm(W_1 x̂); δ; cos; W_2 ṽ; H₁]: those behind the first
-// reduce_width are known before the front product is done, and so is their part of W_3 g.
+// A gate's weights in memory, and what a decision works on in shared memory. Features are [RMSNorm(W_1 x̂); δ; cos;
+// W_2 ṽ; H₁]: those behind the first reduce_width are known before the front product is done.
 struct GateRoom {
-  num *hidden, *preview, *hidden_bias, *out, *reduce_norm, *out_bias;  // W_3, W_2, ...
-  num* pooled;  // [ROWS, pooled_width]
-  num* up;      // of the skip path, the block's columns
-  float* feature;  // [WARPS, LINE]
-  float* known;    // [ROWS, hidden_width]
-  float* sums;     // [ROWS, hidden_width] of what the front product adds
+  int hidden_span, reduce_span, known_span, pooled_span, known_count;
+  const num *reduced, *known, *preview, *hidden_bias, *out, *reduce_norm, *out_bias;  // W_3 in two parts, W_2, ...
+  float* feature;  // [ROWS, known_span] of the known ones, but δ and cos
+  float* logit;    // [ROWS, WARPS]
   float* down;     // [ROWS, rank]
+  num* front;      // [ROWS, reduce_span], of several rows
+  num* up;         // of the skip path, the block's columns
 };
 
-__device__ __forceinline__ num* take(num*& free, int count) {
-  num* taken = free;
-  free += (count + 7) / 8 * 8;
-  return taken;
-}
-
-// fbs_rl.decode.module_calls.gate_bytes counts what this takes.
+// fbs_rl.decode.module_calls.gate_bytes counts what this takes, fbs_rl.decode.gate_rows lays the weights out.
 __device__ __forceinline__ GateRoom lay_out(const Decision& d, unsigned char* room) {
   GateRoom g;
+  g.known_count = (d.reduce_width ? 2 : 0) + (d.preview_width ? d.preview_width + 1 : 0);
+  g.hidden_span = span(d.hidden_width);
+  g.reduce_span = span(d.reduce_width);
+  g.known_span = span(g.known_count);
+  g.pooled_span = span(d.pooled_width);
+  g.reduced = d.weights;
+  g.known = g.reduced + g.hidden_span * g.reduce_span;
+  g.preview = g.known + g.hidden_span * g.known_span;
+  g.hidden_bias = g.preview + span(d.preview_width) * g.pooled_span;
+  g.out = g.hidden_bias + g.hidden_span;
+  g.reduce_norm = g.out + g.hidden_span;
+  g.out_bias = g.reduce_norm + g.reduce_span;
   g.feature = (float*)room;
-  g.known = g.feature + WARPS * LINE;
-  g.sums = g.known + ROWS * d.hidden_width;
-  g.down = g.sums + ROWS * d.hidden_width;
-  num* free = (num*)room + (WARPS * LINE + (ROWS * (2 * d.hidden_width + d.path.rank) + 3) / 4 * 4) * (4 / sizeof(num));
-  g.pooled = take(free, ROWS * d.pooled_width);
-  g.hidden = take(free, d.hidden_width * feature_count(d));
-  g.preview = take(free, d.preview_width * d.pooled_width);
-  g.hidden_bias = take(free, d.hidden_width);
-  g.out = take(free, d.hidden_width);
-  g.reduce_norm = take(free, d.reduce_width);
-  g.out_bias = take(free, 1);
-  g.up = free;
+  g.logit = g.feature + ROWS * g.known_span;
+  g.down = g.logit + ROWS * WARPS;
+  g.front = (num*)(g.down + (ROWS * d.path.rank + 3) / 4 * 4);
+  g.up = g.front + (ROWS > 1 ? ROWS * g.reduce_span : 0);
   return g;
 }
 
-// What does not depend on this token; and what the next gate will ask for, into the second cache.
-__device__ __forceinline__ void bring_gate(const Decision& d, const GateRoom& g) {
-  ROLLED for (int k = threadIdx.x; k < d.weight_count / LANE_NUMS; k += THREADS)
-    copy_aside((uint4*)g.hidden + k, (const uint4*)d.weights + k);
+// The skip path's weights beside all else; and what the next gate will ask for, into the second cache.
+__device__ __forceinline__ void bring_path(const Decision& d, const GateRoom& g, int first, int end) {
   if (d.later && blockIdx.x == 0 && threadIdx.x == 0) bring_near(d.later, d.later_bytes);
   if (!d.next_Bd || !d.path.up) return;
-  int first, end;
-  columns_of(d.path.width, first, end);
   const num* up = d.path.up + (long long)first * d.path.rank;
   const int count = (end - first) * d.path.rank, whole = d.path.rank % LANE_NUMS ? 0 : count / LANE_NUMS;
   ROLLED for (int k = threadIdx.x; k < whole; k += THREADS) copy_aside((uint4*)g.up + k, (const uint4*)up + k);
   ROLLED for (int i = whole * LANE_NUMS + threadIdx.x; i < count; i += THREADS) g.up[i] = up[i];
 }
 
-// W·x into out, by `team` threads (whole warps), of which this is number `me`; several a row of W, whose
-// rows are `stride` apart.
-__device__ ONE_COPY void small_product(const num* weight, int stride, int outputs, int columns, const float* x,
-                                       float* out, int me, int team) {
-  int lanes = 1;
-  while (lanes < WARP && lanes * 2 * outputs <= team) lanes *= 2;
-  ROLLED for (int first = 0; first < outputs; first += team / lanes) {
-    const int j = first + me / lanes;
-    float sum = 0.f;
-    if (j < outputs)
-#pragma unroll 4
-      for (int i = me % lanes; i < columns; i += lanes) sum += widen(weight[j * stride + i]) * x[i];
-    ROLLED for (int d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-    if (j < outputs && me % lanes == 0) out[j] = sum;
+// W_2 ṽ and H₁ of every row.
+__device__ __forceinline__ void weigh_preview(const Decision& d, const GateRoom& g) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, at = d.reduce_width ? 2 : 0;
+  ROLLED for (int b = 0; b < ROWS && d.preview_width; ++b) {
+    float* feature = g.feature + b * g.known_span;
+    if (threadIdx.x == 0) feature[g.known_count - 1] = __ldcg(d.entropy_B + b);
+    ROLLED for (int row = warp * WARP_ROWS; row < d.preview_width; row += PANEL) {
+      float acc[WARP_ROWS] = {};
+#pragma unroll 2
+      for (int c = 2 * lane; c < g.pooled_span; c += PANEL) {
+        float x[2] = {};
+        Slice s;
+        load_slice(g.preview, g.pooled_span, row, c, s);
+        if (c < d.pooled_width) widen_pair(__ldcg((const pair*)(d.pooled_B + b * d.pooled_width + c)), x);
+        add_slice(s, x, acc);
+      }
+      const float sum = sum_rows(acc);
+      const int j = row + lane / ROW_LANES;
+      if (lane % ROW_LANES == 0 && j < d.preview_width) feature[at + j] = rounded(sum);
+    }
   }
 }
 
-// The threads that a row has, whole warps, in rounds of as many rows as there are warps for.
-struct RowTeam {
-  int each, at_once, size, me, place;
+// Two numbers of a lane of what the front product made for the gate; 0 behind them. The width is even.
+__device__ __forceinline__ void read_front(const Decision& d, const GateRoom& g, int b, int column, float out[2]) {
+  out[0] = out[1] = 0.f;
+  if (column >= d.reduce_width) return;
+  if (ROWS > 1) widen_pair(*(const pair*)(g.front + b * g.reduce_span + column), out);
+  else widen_pair(__ldcg((const pair*)(d.front + d.reduce_at + column)), out);
+}
+
+// That of several rows into shared memory at once.
+__device__ __forceinline__ void stage_front(const Decision& d, const GateRoom& g) {
+  ROLLED for (int i = threadIdx.x; i < ROWS * g.reduce_span; i += THREADS) {
+    const int b = i / g.reduce_span, k = i % g.reduce_span;
+    if (k < d.reduce_width) g.front[i] = __ldcg(d.front + b * d.front_stride + d.reduce_at + k);
+  }
+  __syncthreads();
+}
+
+// What a decision is compared with: of the row that a lane decides for.
+struct Bar {
+  float tau;
+  u32 seed[2];
+  int position;
 };
 
-__device__ __forceinline__ RowTeam row_team() {
-  RowTeam t;
-  t.each = max(1, WARPS / ROWS);
-  t.at_once = WARPS / t.each;
-  t.size = t.each * WARP;
-  t.me = threadIdx.x % t.size;
-  t.place = threadIdx.x / t.size;
-  return t;
+__device__ __forceinline__ Bar load_bar(const Decision& d) {
+  const int b = threadIdx.x % WARP % ROWS;
+  return {__ldcg(d.tau_B + b), {__ldcg(d.seed_B2 + 2 * b), __ldcg(d.seed_B2 + 2 * b + 1)}, __ldcg(d.position_B + b)};
 }
 
-// The part of W_3 g that does not wait for the front product.
-__device__ __forceinline__ void weigh_known(const Decision& d, const GateRoom& g, const float* motion_B2) {
-  const RowTeam t = row_team();
-  const int count = feature_count(d) - d.reduce_width, at = d.reduce_width ? 2 : 0;
-  ROLLED for (int b0 = 0; b0 < ROWS; b0 += t.at_once) {
-    const int b = b0 + t.place;
-    const bool mine = t.place < t.at_once && b < ROWS;
-    float* feature = g.feature + t.place * t.each * LINE;
-    float* pooled = feature + count;
-    if (mine && d.reduce_width && t.me < 2) feature[t.me] = motion_B2[2 * b + t.me];
-    if (mine && d.preview_width) {
-      ROLLED for (int i = t.me; i < d.pooled_width; i += t.size) pooled[i] = widen(g.pooled[b * d.pooled_width + i]);
-      if (t.me == 0) feature[count - 1] = __ldcg(d.entropy_B + b);
-    }
-    __syncthreads();
-    if (mine && d.preview_width)
-      small_product(g.preview, d.pooled_width, d.preview_width, d.pooled_width, pooled, feature + at, t.me, t.size);
-    __syncthreads();
-    if (mine)
-      ROLLED for (int j = t.me; j < d.preview_width; j += t.size) feature[at + j] = rounded(feature[at + j]);
-    __syncthreads();
-    if (mine)
-      small_product(g.hidden + d.reduce_width, feature_count(d), d.hidden_width, count, feature,
-                    g.known + b * d.hidden_width, t.me, t.size);
-    __syncthreads();
-  }
-}
-
-#define AT_ONCE 4  // numbers of a row that a lane holds at once
-
-// p = σ(clip(w·SiLU(W_3 g) + b)) of every row. Each warp norms W_1 x̂ for itself, so that none waits for another.
-// there: 0 while the front product may not be done; then this only brings its own code near.
-__device__ __forceinline__ void find_probabilities(const Decision& d, const GateRoom& g, Fixed& fixed, int there) {
-  const RowTeam t = row_team();
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, asked = there ? d.reduce_width : 0;
-  float* feature = g.feature + warp * LINE;
-  ROLLED for (int b0 = 0; b0 < ROWS; b0 += t.at_once) {
-    const int b = b0 + t.place;
-    const bool mine = t.place < t.at_once && b < ROWS;
-    if (mine) {
-      const num* reduced = d.front + b * d.front_stride + d.reduce_at;
-      float square = 0.f, held[AT_ONCE];
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) held[j] = lane + j * WARP < asked ? read(reduced + lane + j * WARP) : 0.f;
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) {
-        square += held[j] * held[j];
-        if (lane + j * WARP < d.reduce_width) feature[lane + j * WARP] = held[j];
-      }
-      ROLLED for (int i = lane + AT_ONCE * WARP; i < asked; i += WARP) {
-        feature[i] = read(reduced + i);
-        square += feature[i] * feature[i];
-      }
-      const float inverse = rsqrtf(warp_sum(square) / max(1, d.reduce_width) + d.eps);
-      ROLLED for (int i = lane; i < asked; i += WARP) feature[i] = rounded(feature[i] * inverse * widen(g.reduce_norm[i]));
-      __syncwarp();
-      small_product(g.hidden, feature_count(d), d.hidden_width, asked, feature, g.sums + b * d.hidden_width, t.me, t.size);
-    }
-    __syncthreads();
-    float logit = 0.f;
-    if (mine)
-      ROLLED for (int j = t.me; j < d.hidden_width; j += t.size)
-        logit += silu(g.sums[b * d.hidden_width + j] + g.known[b * d.hidden_width + j] + widen(g.hidden_bias[j])) * widen(g.out[j]);
-    logit = warp_sum(logit);
-    if (mine && lane == 0) fixed.scratch[b * t.each + warp % t.each] = logit;
-  }
-  __syncthreads();
-  if (threadIdx.x < ROWS) {
-    float logit = widen(g.out_bias[0]);
-    ROLLED for (int w = 0; w < t.each; ++w) logit += fixed.scratch[threadIdx.x * t.each + w];
-    fixed.prob_B[threadIdx.x] = 1.f / (1.f + expf(-fminf(fmaxf(logit, -d.clip), d.clip)));
-  }
-  __syncthreads();
-}
-
-// What decisions are compared with; it stays as it is for a step.
-__device__ __forceinline__ void bring_bars(const Decision& d, Fixed& fixed) {
-  const int b = threadIdx.x;
-  if (b >= ROWS) return;
-  fixed.tau_B[b] = __ldcg(d.tau_B + b);
-  fixed.seed_B2[2 * b] = __ldcg(d.seed_B2 + 2 * b);
-  fixed.seed_B2[2 * b + 1] = __ldcg(d.seed_B2 + 2 * b + 1);
-  fixed.position_B[b] = __ldcg(d.position_B + b);
-}
-
-__device__ __forceinline__ bool wants_skip(const Decision& d, int b, const Fixed& f) {
-  if (d.sampled)
-    return gate_noise(f.seed_B2[2 * b], f.seed_B2[2 * b + 1], (u32)f.position_B[b], (u32)d.leader) < f.prob_B[b];
-  if (!d.consensus) return f.prob_B[b] >= f.tau_B[b];
-  float prob = 0.f, bar = 0.f;
+// Whether a lane's row skips, whose probability it holds.
+__device__ __forceinline__ bool wants_skip(const Decision& d, float prob, const Bar& bar) {
+  if (d.sampled) return gate_noise(bar.seed[0], bar.seed[1], (u32)bar.position, (u32)d.leader) < prob;
+  if (!d.consensus) return prob >= bar.tau;
+  float probs = 0.f, taus = 0.f;
   ROLLED for (int i = 0; i < ROWS; ++i) {
-    prob += f.prob_B[i];
-    bar += f.tau_B[i];
+    probs += __shfl_sync(0xffffffffu, prob, i);
+    taus += __shfl_sync(0xffffffffu, bar.tau, i);
   }
-  return prob / ROWS >= bar / ROWS;
-}
-
-// A row's skip path, A_1 x̂ at first: number `i` of all rows'.
-__device__ __forceinline__ float read_down(const Decision& d, int i) {
-  return i < ROWS * d.path.rank ? read(d.path.down + i / d.path.rank * d.path.down_stride + i % d.path.rank) : 0.f;
+  return probs / ROWS >= taus / ROWS;
 }
 
 #define PATH_LANES 4  // neighbouring threads that share an output
 
-// The block's columns of the next layer's h where all rows skip this one. down: read_down of this thread's number.
-__device__ __forceinline__ void pass_by(const Decision& d, const GateRoom& g, float down) {
+// The block's columns of the next layer's h where all rows skip this one. state: that of this thread's first output.
+__device__ __forceinline__ void pass_by(const Decision& d, const GateRoom& g, int first, int end, float state) {
   const int lane = threadIdx.x % PATH_LANES;
-  int first, end;
-  columns_of(d.path.width, first, end);
-  ROLLED for (int i = threadIdx.x; i < ROWS * d.path.rank; i += THREADS)
-    g.down[i] = rounded(silu(i == (int)threadIdx.x ? down : read_down(d, i)));
-  __syncthreads();
   const int count = (end - first) * ROWS;
   ROLLED for (int from = 0; from < count; from += THREADS / PATH_LANES) {
     const int i = from + threadIdx.x / PATH_LANES, b = i % ROWS, n = first + i / ROWS;
-    const float state = i < count && lane == 0 ? read(d.path.state_Bd + b * d.path.width + n) : 0.f;
+    if (from) state = i < count && lane == 0 ? read(d.path.state_Bd + b * d.path.width + n) : 0.f;
     float sum = 0.f;
     if (i < count)
 #pragma unroll 4
@@ -322,54 +231,140 @@ __device__ __forceinline__ void pass_by(const Decision& d, const GateRoom& g, fl
   }
 }
 
-__device__ __forceinline__ void decide(const Decision& d, Team& team, Fixed& fixed, unsigned char* room) {
-  const GateRoom g = lay_out(d, room + d.held_bytes);
-  bring_gate(d, g);
-  const int step = __ldcg(d.step);
-  bring_bars(d, fixed);
-  if (d.fresh) await(team);  // for its numbers are asked for here
-  ROLLED for (int k = threadIdx.x; k < ROWS * d.pooled_width / LANE_NUMS; k += THREADS)
-    copy_aside((uint4*)g.pooled + k, (const uint4*)d.pooled_B + k);
-  // What the layer in front left is visible already: that was awaited before the front product.
-  if (d.reduce_width)
-    note_motion(d.before_Bd, d.after_Bd, d.left_skip_B, d.width, d.motion_B2, fixed.sums, fixed.values);
-  await_copies();
-  __syncthreads();
-  weigh_known(d, g, fixed.values);
-  float down = 0.f;
-  ROLLED for (int there = d.fresh; there <= 1; ++there) {
-    if (there) await(team);
-    if (there && d.next_Bd) down = read_down(d, threadIdx.x);
-    find_probabilities(d, g, fixed, there);
-  }
-  ROLLED for (int i = threadIdx.x; i < d.members * ROWS; i += THREADS) {
-    const int member = i / ROWS, b = i % ROWS, layer = d.leader + member;
-    if (!(d.free_mask >> member & 1)) continue;
-    const bool skip = wants_skip(d, b, fixed);
-    d.skip_LB[layer * ROWS + b] = skip;
-    if (blockIdx.x || step >= d.trace_steps) continue;
-    const long long at = ((long long)step * d.layers + layer) * ROWS + b;
-    d.prob_trace[at] = fixed.prob_B[b];
-    d.skip_trace[at] = skip;
-  }
-  forget(team);
-  if (!(d.free_mask & 1)) return;
-  team.known_B = d.skip_LB + d.leader * ROWS;
-  team.known = false;
-  ROLLED for (int b = 0; b < ROWS; ++b) team.known |= !wants_skip(d, b, fixed);
-  if (d.next_Bd && !team.known) pass_by(d, g, down);
+// That state, if it can be needed.
+__device__ __forceinline__ float first_state(const Decision& d, int first, int end) {
+  const int i = threadIdx.x / PATH_LANES, b = i % ROWS;
+  const bool mine = d.next_Bd && threadIdx.x % PATH_LANES == 0 && i < (end - first) * ROWS;
+  return mine ? read(d.path.state_Bd + b * d.path.width + first + i / ROWS) : 0.f;
 }
 
-// Motion after a layer whose successor asks no gate.
-struct Move {
-  const num* before_Bd;
-  const num* after_Bd;
-  const int* left_skip_B;
-  int width;
-  float* motion_B2;
+// A row's skip path, silu(A_1 x̂), of all rows.
+__device__ __forceinline__ void stage_down(const Decision& d, const GateRoom& g) {
+  ROLLED for (int i = threadIdx.x; i < ROWS * d.path.rank && d.next_Bd; i += THREADS)
+    g.down[i] = rounded(silu(read(d.path.down + i / d.path.rank * d.path.down_stride + i % d.path.rank)));
+}
+
+// A lane's share of W_3 and what belongs to it, of the first panel.
+struct Held {
+  Slice known, reduced;
+  float norm[2], bias, out;
 };
 
-__device__ __forceinline__ void move(const Move& m, Team& team, Fixed& fixed) {
-  await(team);
-  note_motion(m.before_Bd, m.after_Bd, m.left_skip_B, m.width, m.motion_B2, fixed.sums, fixed.values);
+__device__ __forceinline__ void load_held(const GateRoom& g, int row, Held& h) {
+  const int lane = threadIdx.x % WARP;
+  load_slice(g.known, g.known_span, row, 2 * lane, h.known);
+  if (g.reduce_span) {
+    load_slice(g.reduced, g.reduce_span, row, 2 * lane, h.reduced);
+    widen_pair(*(const pair*)(g.reduce_norm + 2 * lane), h.norm);
+  }
+  h.bias = widen(g.hidden_bias[row + lane / ROW_LANES]);
+  h.out = widen(g.out[row + lane / ROW_LANES]);
+}
+
+// w·SiLU(W_3 g) of every row, each warp's share of it into g.logit. Each warp norms W_1 x̂ for itself, so that none waits
+// for another. Here the front product is awaited.
+__device__ __forceinline__ void find_logits(const Decision& d, const GateRoom& g, Held& h, Team& team, Fixed& fixed) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const bool once = g.hidden_span == PANEL && g.known_span == PANEL && g.reduce_span <= PANEL;
+  float seen[2];  // of the first row, if that is there already
+  if (ROWS == 1) read_front(d, g, 0, 2 * lane, seen);
+  ROLLED for (int b = 0; b < ROWS; ++b) {
+    float logit = 0.f, inverse = 0.f;
+    ROLLED for (int row = warp * WARP_ROWS; row < g.hidden_span; row += PANEL) {
+      float acc[WARP_ROWS] = {};
+      ROLLED for (int c = 2 * lane; c < g.known_span; c += PANEL) {
+        float x[2] = {};
+        if (c == 0 && d.reduce_width) find_motion(b, fixed, warp == 0 && row == 0, d.motion_B2, x);
+        else
+#pragma unroll
+          for (int i = 0; i < 2; ++i) x[i] = c + i < g.known_count ? g.feature[b * g.known_span + c + i] : 0.f;
+        if (!once) load_slice(g.known, g.known_span, row, c, h.known);
+        add_slice(h.known, x, acc);
+      }
+      if (b == 0 && row < PANEL) {
+        if (!d.fresh) {
+          await(team);
+          if (ROWS == 1) read_front(d, g, 0, 2 * lane, seen);
+        }
+        stage_down(d, g);
+        if (ROWS > 1) stage_front(d, g);
+      }
+      if (row < PANEL) {
+        float square = 0.f;
+        ROLLED for (int c = 2 * lane; c < g.reduce_span; c += PANEL) {
+          if (ROWS > 1 || c >= PANEL) read_front(d, g, b, c, seen);
+          square += seen[0] * seen[0] + seen[1] * seen[1];
+        }
+        inverse = rsqrtf(warp_sum(square) / max(1, d.reduce_width) + d.eps);
+      }
+      ROLLED for (int c = 2 * lane; c < g.reduce_span; c += PANEL) {
+        if (!once) {
+          read_front(d, g, b, c, seen);
+          widen_pair(*(const pair*)(g.reduce_norm + c), h.norm);
+          load_slice(g.reduced, g.reduce_span, row, c, h.reduced);
+        }
+        float x[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) x[i] = rounded(seen[i] * inverse * h.norm[i]);
+        add_slice(h.reduced, x, acc);
+      }
+      if (!once) {
+        h.bias = widen(g.hidden_bias[row + lane / ROW_LANES]);
+        h.out = widen(g.out[row + lane / ROW_LANES]);
+      }
+      logit += quick_silu(sum_rows(acc) + h.bias) * h.out;
+    }
+#pragma unroll
+    for (int k = ROW_LANES; k < WARP; k *= 2) logit += __shfl_xor_sync(0xffffffffu, logit, k);
+    if (lane == 0) g.logit[b * WARPS + warp] = logit;
+  }
+}
+
+// p = σ(clip(logit)) of a lane's row.
+__device__ __forceinline__ float find_probability(const Decision& d, const GateRoom& g, float bias) {
+  float logit = bias;
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) logit += g.logit[threadIdx.x % WARP % ROWS * WARPS + w];
+  return 1.f / (1.f + expf(-fminf(fmaxf(logit, -d.clip), d.clip)));
+}
+
+// The rows' flags, by one warp; block 0 notes them for the trace.
+__device__ __forceinline__ void note_decision(const Decision& d, float prob, bool skip, int step) {
+  const int b = threadIdx.x;
+  if (b >= ROWS) return;
+  d.skip_LB[d.leader * ROWS + b] = skip;
+  if (d.stay_LB) d.stay_LB[d.leader * ROWS + b] = !skip;
+  if (blockIdx.x || step >= d.trace_steps) return;
+  ROLLED for (int member = 0; member < d.members; ++member) {
+    if (!(d.free_mask >> member & 1)) continue;
+    const long long at = ((long long)step * d.layers + d.leader + member) * ROWS + b;
+    d.prob_trace[at] = prob;
+    d.skip_trace[at] = skip;
+  }
+}
+
+__device__ __forceinline__ void decide(const Decision& d, Team& team, Fixed& fixed, unsigned char* room) {
+  const GateRoom g = lay_out(d, room + d.held_bytes);
+  int first, end;
+  columns_of(d.path.width, first, end);
+  Held held;
+  load_held(g, threadIdx.x / WARP * WARP_ROWS, held);
+  const int step = __ldcg(d.step);
+  const float out_bias = widen(g.out_bias[0]), state = first_state(d, first, end);
+  const Bar bar = load_bar(d);
+  bring_path(d, g, first, end);
+  if (d.fresh) await(team);  // for its numbers are asked for here
+  weigh_preview(d, g);
+  // What the layer in front left is visible already: that was awaited before the front product.
+  if (d.reduce_width) measure_motion(d.before_Bd, d.after_Bd, d.left_skip_B, d.width, d.motion_B2, fixed);
+  await_copies();
+  __syncthreads();
+  find_logits(d, g, held, team, fixed);
+  __syncthreads();
+  const float prob = find_probability(d, g, out_bias);
+  const bool skip = wants_skip(d, prob, bar);
+  note_decision(d, prob, skip, step);
+  team.known_B = d.skip_LB + d.leader * ROWS;
+  team.known = __any_sync(0xffffffffu, !skip);
+  if (d.next_Bd && !team.known) pass_by(d, g, first, end, state);
 }

@@ -13,14 +13,6 @@ struct Scores {
   float* best;  // of each block, [blocks, ROWS]
 };
 
-// out = W·x, rounded; W has `count` rows.
-__device__ __forceinline__ void map_query(const num* weight, int count, int rank, const float* x, float* out) {
-  multiply_rows(weight, weight + rank, rank, count, rank, x, out);
-  __syncthreads();
-  ROLLED for (int r = threadIdx.x; r < count; r += THREADS) out[r] = rounded(out[r]);
-  __syncthreads();
-}
-
 __device__ __forceinline__ void scores(const Scores& s, Team& team, Fixed& fixed, unsigned char* room) {
   float *asked = (float*)room, *query = asked + s.rank, *score = query + s.rank;
   const int from = (int)((long long)s.count * blockIdx.x / gridDim.x);
@@ -32,13 +24,14 @@ __device__ __forceinline__ void scores(const Scores& s, Team& team, Fixed& fixed
     const num* front = s.front + b * s.front_stride + s.query_at;
     ROLLED for (int r = threadIdx.x; r < s.rank; r += THREADS) asked[r] = read(front + r);
     __syncthreads();
-    map_query(s.mean_map_RR, s.rank, s.rank, asked, query);
-    multiply_rows(table, table + s.rank, s.rank, share, s.rank, query, score);
+    multiply_rows(s.mean_map_RR, s.rank, s.rank, asked, query);
+    __syncthreads();
+    multiply_rows(table, share, s.rank, query, score);
     __syncthreads();
     float value = MINUS_INFINITY, v;
     int index = 0x7fffffff;
     ROLLED for (int i = threadIdx.x; i < share; i += THREADS) {
-      s.score_BN[(long long)b * s.count + from + i] = v = rounded(score[i]) + s.prior_N[from + i];
+      s.score_BN[(long long)b * s.count + from + i] = v = score[i] + s.prior_N[from + i];
       better(value, index, v, from + i);
     }
     block_best(value, index, fixed, s.best + blockIdx.x * ROWS + b, nullptr);
@@ -155,10 +148,9 @@ __device__ __forceinline__ int take_found(const Shortlist& s, int b, const float
 
 // The places of the highest scores of each row, the best first; of equal ones the lower place. At least `wanted` of
 // the blocks' best are among the best, so the `wanted`-th best of those is a bound that few keys reach.
-__device__ __forceinline__ void shortlist(const Shortlist& s, Team& team, Fixed& fixed, unsigned char* room) {
+__device__ APART void shortlist(const Shortlist& s, Fixed& fixed, unsigned char* room) {
   u32* key = (u32*)room;
   int* index = (int*)(key + FOUND_KEYS);
-  await(team);
   ROLLED for (int b = 0; b < ROWS; ++b) {
     const float* score_N = s.score_BN + (long long)b * s.count;
     const u32 best = (int)threadIdx.x < s.offers ? order_key(__ldcg(s.best + threadIdx.x * ROWS + b)) : 0;
@@ -191,18 +183,10 @@ struct Look {
   const num* table_NR;
   int early;  // the shortlist was there before the call in front
   int horizons, candidates, rank;
-  const num* mix;  // [rank, 16, 3]; null: a plain mean
-  const num* mix_bias;
-  float* mixed_BKR;
-  int* arrived_B;
-  num* pooled_BR;
+  float* seen_BKR;  // α_h times the expected embedding
+  float* weight_BK; // α
   float* entropy_B;
 };
-
-#define CONV_GROUP 16
-#define MOST_HORIZONS 64
-#define SEEN 3  // horizons that the convolution joins
-#define TAP_WORDS (CONV_GROUP * SEEN * (int)sizeof(num) / 4)  // of one output; in shared memory one more, an odd number
 
 // ŵ, in all lanes of a warp.
 __device__ __forceinline__ float predict_window(const Look& l, int b) {
@@ -223,143 +207,124 @@ __device__ __forceinline__ float inclusion(const Look& l, float window, int h) {
   return 1.f / (1.f + expf(-margin / l.temperature));
 }
 
-// One block's shared memory: of up to SEEN horizons, the first of them `low`.
+#define SCORE_THREADS 4  // neighbours that share a candidate
+
+// One block's shared memory.
 struct LookRoom {
-  float* table;   // [M, pitch]
+  num* table;     // [M, pitch]
   float* asked;   // [R]
-  float* query;   // [SEEN, R]
-  float* value;   // [SEEN, R]
-  float* score;   // [SEEN, M]
-  float* weight;  // [K], of all horizons
-  u32* taps;      // [R, TAP_WORDS + 1]
-  int pitch, low, seen;
+  float* query;   // [R]
+  float* score;   // [M]
+  float* prob;    // [WARPS, M]
+  float* part;    // [THREADS, 2]
+  float* weight;  // of the horizon
+  int pitch;      // rows begin half the banks apart
 };
 
-// The candidates' embeddings into the table, whole 16 bytes at a time.
+// The candidates' embeddings into the table, 16 bytes at a time.
 __device__ __forceinline__ void gather(const Look& l, int b, const LookRoom& m) {
   const int parts = l.rank / LANE_NUMS, rows = THREADS / parts, part = threadIdx.x % parts * LANE_NUMS;
 #pragma unroll 4
   for (int c = threadIdx.x / parts; c < l.candidates && (int)threadIdx.x < rows * parts; c += rows) {
     const long long row = __ldcg(l.index_BM + b * l.candidates + c);
-    unpack(*(const uint4*)(l.table_NR + row * l.rank + part), m.table + c * m.pitch + part);
+    *(uint4*)(m.table + c * m.pitch + part) = *(const uint4*)(l.table_NR + row * l.rank + part);
   }
 }
 
-// score[h][m] = q_h · E_m, rounded.
+// score[m] = q · E_m, rounded.
 __device__ __forceinline__ void score_candidates(const Look& l, const LookRoom& m) {
-  ROLLED for (int i = threadIdx.x; i < m.seen * l.candidates; i += THREADS) {
-    const int h = i / l.candidates, c = i % l.candidates;
-    float sum[2] = {};
+  const int part = threadIdx.x % SCORE_THREADS * LANE_NUMS;
+  ROLLED for (int from = 0; from < l.candidates; from += THREADS / SCORE_THREADS) {
+    const int c = from + threadIdx.x / SCORE_THREADS;
+    float sum = 0.f;
 #pragma unroll 4
-    for (int r = 0; r < l.rank; r += 4) {
-      const float4 e = *(const float4*)(m.table + c * m.pitch + r), q = *(const float4*)(m.query + h * l.rank + r);
-      sum[0] += q.x * e.x + q.y * e.y;
-      sum[1] += q.z * e.z + q.w * e.w;
+    for (int r = part; r < l.rank && c < l.candidates; r += SCORE_THREADS * LANE_NUMS) {
+      float e[LANE_NUMS];
+      unpack(*(const uint4*)(m.table + c * m.pitch + r), e);
+#pragma unroll
+      for (int i = 0; i < LANE_NUMS; ++i) sum = fmaf(m.query[r + i], e[i], sum);
     }
-    m.score[i] = rounded(sum[0] + sum[1]);
+#pragma unroll
+    for (int d = SCORE_THREADS / 2; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    if (part == 0 && c < l.candidates) m.score[c] = rounded(sum);
   }
 }
 
-// Softmax of each horizon's scores, in place and rounded; the first one's entropy.
-__device__ __forceinline__ void normalise(const Look& l, int b, const LookRoom& m) {
-  const int h = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  if (h >= m.seen) return;
-  float* score = m.score + h * l.candidates;
+// Softmax of the scores, rounded, by each warp for itself; its entropy, of the first horizon.
+__device__ __forceinline__ void normalise(const Look& l, int b, int h, const LookRoom& m) {
+  const int lane = threadIdx.x % WARP;
+  float* prob = m.prob + threadIdx.x / WARP * l.candidates;
   float top = MINUS_INFINITY, total = 0.f, entropy = 0.f;
-  ROLLED for (int c = lane; c < l.candidates; c += WARP) top = fmaxf(top, score[c]);
+  ROLLED for (int c = lane; c < l.candidates; c += WARP) top = fmaxf(top, m.score[c]);
   top = warp_max(top);
-  ROLLED for (int c = lane; c < l.candidates; c += WARP) total += expf(score[c] - top);
+  ROLLED for (int c = lane; c < l.candidates; c += WARP) total += prob[c] = expf(m.score[c] - top);
   total = warp_sum(total);
   ROLLED for (int c = lane; c < l.candidates; c += WARP) {
-    const float prob = expf(score[c] - top) / total;
-    if (prob > 0.f) entropy -= prob * logf(prob);
-    score[c] = rounded(prob);
+    const float share = prob[c] / total;
+    if (h == 0 && share > 0.f) entropy -= share * logf(share);
+    prob[c] = rounded(share);
   }
+  __syncwarp();
+  if (h) return;
   entropy = warp_sum(entropy);
-  if (m.low + h == 0 && lane == 0) l.entropy_B[b] = entropy;  // the same from every block that sees it
+  if (threadIdx.x == 0) l.entropy_B[b] = entropy;
 }
 
-// value[h][r] = α_h · Σ_m prob[h][m]·E_m[r], rounded after the sum and after the weight.
+// Σ_m prob[m]·E_m, some candidates and two columns a thread.
 __device__ __forceinline__ void expect(const Look& l, const LookRoom& m) {
-  ROLLED for (int i = threadIdx.x; i < m.seen * l.rank; i += THREADS) {
-    const int h = i / l.rank, r = i % l.rank;
-    float sum = 0.f;
+  const int pairs = l.rank / 2, shares = THREADS / pairs, share = threadIdx.x / pairs, r = threadIdx.x % pairs * 2;
+  const float* prob = m.prob + threadIdx.x / WARP * l.candidates;
+  float sum[2] = {};
 #pragma unroll 8
-    for (int c = 0; c < l.candidates; ++c) sum += m.score[h * l.candidates + c] * m.table[c * m.pitch + r];
-    m.value[i] = rounded(rounded(sum) * m.weight[m.low + h]);
+  for (int c = share; c < l.candidates && share < shares; c += shares) {
+    float e[2];
+    widen_pair(*(const pair*)(m.table + c * m.pitch + r), e);
+    sum[0] = fmaf(prob[c], e[0], sum[0]);
+    sum[1] = fmaf(prob[c], e[1], sum[1]);
   }
+  if (share >= shares) return;
+  m.part[share * l.rank + r] = sum[0];
+  m.part[share * l.rank + r + 1] = sum[1];
 }
 
-// The grouped convolution's output r for horizon h, SiLU and weight included.
-__device__ __forceinline__ float convolve(const Look& l, const LookRoom& m, int h, int r) {
-  const num* taps = (const num*)(m.taps + r * (TAP_WORDS + 1));
-  const float* value = m.value + r / CONV_GROUP * CONV_GROUP;
-  float sum = widen(l.mix_bias[r]);
-#pragma unroll 4
-  for (int i = 0; i < CONV_GROUP; ++i)
-#pragma unroll
-    for (int t = 0; t < SEEN; ++t) {
-      const int at = h + t - 1 - m.low;
-      if (at >= 0 && at < m.seen) sum = fmaf(widen(taps[i * SEEN + t]), value[at * l.rank + i], sum);
-    }
-  return rounded(rounded(silu(rounded(sum))) * m.weight[h]);
-}
-
-// Σ_h value_h / Σ_h α_h, by the block that comes last.
-__device__ __forceinline__ void pool(const Look& l, int b, const LookRoom& m) {
-  ROLLED for (int r = threadIdx.x; r < l.rank; r += THREADS) {
-    float sum = 0.f, total = 0.f;
-#pragma unroll 16
-    for (int h = 0; h < l.horizons; ++h) sum += __ldcg(l.mixed_BKR + ((long long)b * l.horizons + h) * l.rank + r);
-    ROLLED for (int h = 0; h < l.horizons; ++h) total += m.weight[h];
-    l.pooled_BR[b * l.rank + r] = narrow(rounded(sum) / rounded(rounded(total) + 1e-6f));
-  }
-}
-
-// One horizon of one row, and its neighbours where the convolution needs them. The call in front is awaited here.
-__device__ __forceinline__ void look_at(const Look& l, int b, int h, Team& team, Fixed& fixed, unsigned char* room) {
+// One horizon of one row. The call in front is awaited here.
+__device__ __forceinline__ void look_at(const Look& l, int b, int h, Team& team, unsigned char* room) {
   LookRoom m;
-  m.pitch = l.rank + 4;
-  m.table = (float*)room;
-  m.asked = m.table + l.candidates * m.pitch;
+  m.pitch = l.rank + 4 * LANE_NUMS;
+  m.table = (num*)room;
+  m.asked = (float*)(m.table + l.candidates * m.pitch);
   m.query = m.asked + l.rank;
-  m.value = m.query + SEEN * l.rank;
-  m.score = m.value + SEEN * l.rank;
-  m.weight = m.score + SEEN * l.candidates;
-  m.low = l.mix ? max(h - 1, 0) : h;
-  m.seen = (l.mix ? min(h + 2, l.horizons) : h + 1) - m.low;
-  m.taps = (u32*)(m.weight + MOST_HORIZONS);
-  const int r = threadIdx.x;
-  if (l.mix)
-#pragma unroll 4
-    for (int k = threadIdx.x; k < l.rank * TAP_WORDS; k += THREADS)
-      m.taps[k / TAP_WORDS * (TAP_WORDS + 1) + k % TAP_WORDS] = ((const u32*)l.mix)[k];
-  const num* maps = l.maps_KRR + (long long)m.low * l.rank * l.rank;
-  if (threadIdx.x == 0) bring_near(maps, m.seen * l.rank * l.rank * sizeof(num));
+  m.part = m.query + l.rank;
+  m.weight = m.part + 2 * THREADS;
+  m.score = m.weight + 4;
+  m.prob = m.score + l.candidates;
+  const num* map = l.maps_KRR + (long long)h * l.rank * l.rank;
+  if (threadIdx.x == 0) bring_near(map, l.rank * l.rank * sizeof(num));
   if (l.early) gather(l, b, m);
   await(team);
-  if (r < l.rank) m.asked[r] = read(l.front + b * l.front_stride + l.query_at + r);
   if (!l.early) gather(l, b, m);
+  if ((int)threadIdx.x < l.rank) m.asked[threadIdx.x] = read(l.front + b * l.front_stride + l.query_at + threadIdx.x);
   if (threadIdx.x >= THREADS - WARP) {
-    const float window = predict_window(l, b);
-    ROLLED for (int k = threadIdx.x % WARP; k < l.horizons; k += WARP) m.weight[k] = rounded(inclusion(l, window, k));
+    const float weight = rounded(inclusion(l, predict_window(l, b), h));
+    if (threadIdx.x == THREADS - WARP) *m.weight = l.weight_BK[b * l.horizons + h] = weight;
   }
   __syncthreads();
-  map_query(maps, m.seen * l.rank, l.rank, m.asked, m.query);
+  multiply_rows(map, l.rank, l.rank, m.asked, m.query);
+  __syncthreads();
   score_candidates(l, m);
   __syncthreads();
-  normalise(l, b, m);
-  __syncthreads();
+  normalise(l, b, h, m);
   expect(l, m);
   __syncthreads();
-  if (r < l.rank)
-    l.mixed_BKR[((long long)b * l.horizons + h) * l.rank + r] = l.mix ? convolve(l, m, h, r) : m.value[r];
-  if (arrive_last(l.arrived_B + b, l.horizons, fixed.counts)) pool(l, b, m);
+  if ((int)threadIdx.x >= l.rank) return;
+  float sum = 0.f;
+  ROLLED for (int share = 0; share < 2 * THREADS / l.rank; ++share) sum += m.part[share * l.rank + threadIdx.x];
+  l.seen_BKR[((long long)b * l.horizons + h) * l.rank + threadIdx.x] = rounded(rounded(sum) * *m.weight);
 }
 
-__device__ __forceinline__ void look(const Look& l, Team& team, Fixed& fixed, unsigned char* room) {
+__device__ __forceinline__ void look(const Look& l, Team& team, unsigned char* room) {
   ROLLED for (int i = blockIdx.x; i < l.horizons * ROWS; i += gridDim.x) {
-    look_at(l, i / l.horizons, i % l.horizons, team, fixed, room);
+    look_at(l, i / l.horizons, i % l.horizons, team, room);
     __syncthreads();
   }
 }

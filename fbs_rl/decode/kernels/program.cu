@@ -112,22 +112,28 @@ __device__ __forceinline__ int next_of(const Call& c, int at, bool nothing, int 
   return nothing ? c.past_call : c.next_call;
 }
 
+// Calls that have nothing to do before they await the others: embed, advance, move, shortlist, boundary, chunk_*.
+#define AWAITS (1 << 0 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 14)
+
 __device__ __forceinline__ void make_call(const Call& c, Block& b) {
   int input = -1, output = -1;
+  if (AWAITS >> c.kernel & 1) await(b.team);
   switch (c.kernel) {
-    case 0: embed(*(const Embed*)c.arguments, b.team); break;
-    case 1: advance(*(const Advance*)c.arguments, b.team, *b.fixed, b.room); break;
+    case 0: embed(*(const Embed*)c.arguments); break;
+    case 1: advance(*(const Advance*)c.arguments, *b.fixed, b.room); break;
     case 2: attention(*(const Attention*)c.arguments, b.team, *(AttentionShared*)b.room); break;
     case 3: decide(*(const Decision*)c.arguments, b.team, *b.fixed, b.room); break;
     case 10: skip_end(*(const SkipEnd*)c.arguments, b.team); break;
     case 11: leave_entry(*(const Attention*)c.arguments, b.team, *(AttentionShared*)b.room); break;
-    case 4: move(*(const Move*)c.arguments, b.team, *b.fixed); break;
+    case 4: move(*(const Move*)c.arguments, *b.fixed); break;
     case 12: scores(*(const Scores*)c.arguments, b.team, *b.fixed, b.room); break;
-    case 5: shortlist(*(const Shortlist*)c.arguments, b.team, *b.fixed, b.room); break;
-    case 6: look(*(const Look*)c.arguments, b.team, *b.fixed, b.room); break;
-    case 7: boundary(*(const Boundary*)c.arguments, b.team); break;
-    case 8: chunk_read(*(const ChunkRead*)c.arguments, b.team, *b.fixed, b.room); break;
-    case 9: chunk_extend(*(const ChunkExtend*)c.arguments, b.team, *b.fixed); break;
+    case 5: shortlist(*(const Shortlist*)c.arguments, *b.fixed, b.room); break;
+    case 6: look(*(const Look*)c.arguments, b.team, b.room); break;
+    case 13: pool(*(const Pool*)c.arguments, b.team, b.room); break;
+    case 7: boundary(*(const Boundary*)c.arguments); break;
+    case 8: chunk_scores(*(const ChunkRead*)c.arguments); break;
+    case 14: chunk_mix(*(const ChunkRead*)c.arguments, *b.fixed, b.room); break;
+    case 9: chunk_extend(*(const ChunkExtend*)c.arguments, *b.fixed); break;
 #define PRODUCT(number, name, reads, writes) \
     case number: input = reads; output = writes; break;
     PRODUCTS(PRODUCT)

@@ -8,8 +8,7 @@ struct Embed {
   float* motion_B2;  // null: no gate acts
 };
 
-__device__ __forceinline__ void embed(const Embed& e, Team& team) {
-  await(team);
+__device__ APART void embed(const Embed& e) {
   ROLLED for (int b = blockIdx.x; b < ROWS; b += gridDim.x) {
     if (e.motion_B2 && threadIdx.x < 2) e.motion_B2[2 * b + threadIdx.x] = (float)threadIdx.x;  // δ = 0, cos = 1
     const uint4* row = (const uint4*)(e.table + (long long)__ldcg(e.token_B + b) * e.width);
@@ -33,10 +32,9 @@ struct Advance {
   int* token_trace;  // [trace_steps, ROWS]
 };
 
-__device__ __forceinline__ void advance(const Advance& a, Team& team, Fixed& fixed, unsigned char* room) {
+__device__ APART void advance(const Advance& a, Fixed& fixed, unsigned char* room) {
   float* best = (float*)room;
   int* best_at = (int*)(best + ROWS);
-  await(team);
   if (blockIdx.x) return;
   ROLLED for (int b = 0; b < ROWS && a.offers; ++b) {
     float value = MINUS_INFINITY;
