@@ -83,15 +83,47 @@ template <class T> inline T __shfl_up_sync(unsigned, T v, int by) {
   return exchange(v, lane < by ? lane : lane - by);
 }
 
+// Tensor cores: sum (16 x 8) += a (16 x 16) · b (16 x 8), in float32.
+struct Factors {
+  unsigned a[4], b[2];
+};
+static Factors factors[2][MOST_FIBERS];
+inline float of_pair(unsigned pair, int which) { return same_bits<float>(which ? pair & 0xffff0000u : pair << 16); }
+inline void multiply_matrices(float sum[4], const unsigned a[4], const unsigned b[2]) {
+  const int turn = fibers[running].turn++ % 2, lane = running % 32;
+  memcpy(factors[turn][running].a, a, 16);
+  memcpy(factors[turn][running].b, b, 8);
+  yield_at(AT_WARP);
+  const Factors* all = factors[turn] + running - lane;
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k) {
+      const Factors& row = all[lane / 4 * 4 + k % 8 / 2];
+      const Factors& column = all[(lane % 4 * 2 + i % 2) * 4 + k % 8 / 2];
+      sum[i] += of_pair(row.a[i / 2 + k / 8 * 2], k % 2) * of_pair(column.b[k / 8], k % 2);
+    }
+}
+
 // Copies that were asked for arrive some time later, in no order; what lies there meanwhile is NaN.
 struct Copy {
   void* to;
   const void* from;
   unsigned bytes;
-  unsigned long long* barrier;  // phases · 2^32 + bytes that are still to come
+  unsigned long long* barrier;  // phases · 2^32 + arrivals · 2^24 + bytes that are still to come
 };
 static std::vector<Copy> on_their_way;
 
+static unsigned arrivals_of_phase;
+inline void end_phase(unsigned long long* barrier) {
+  if (!(unsigned)*barrier) *barrier += (1ull << 32) + (arrivals_of_phase << 24);
+}
+inline void open_barrier(unsigned long long* barrier, unsigned arrivals) {
+  arrivals_of_phase = arrivals;
+  *barrier = arrivals << 24;
+}
+inline void arrive_at(unsigned long long* barrier, unsigned bytes) {
+  *barrier += bytes - (1ull << 24);
+  end_phase(barrier);
+}
 inline void post_copy(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
   memset(to, 0xff, bytes);
   on_their_way.push_back({to, from, bytes, barrier});
@@ -108,7 +140,7 @@ static void let_some_arrive() {
     }
     memcpy(copy.to, copy.from, copy.bytes);
     *copy.barrier -= copy.bytes;
-    if (!(unsigned)*copy.barrier) *copy.barrier += 1ull << 32;
+    end_phase(copy.barrier);
   }
   on_their_way.swap(left);
 }

@@ -22,9 +22,9 @@ ERROR = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 class Bench:
     """One place, one format, and tensors on it that are NaN until something is written."""
 
-    def __init__(self, place: str, dtype: torch.dtype) -> None:
+    def __init__(self, place: str, dtype: torch.dtype, rows: int = ROWS) -> None:
         self.dtype = dtype
-        self.shape = KernelShape(ROWS, dtype == torch.bfloat16, HEAD_DIM, GROUP)
+        self.shape = KernelShape(rows, dtype == torch.bfloat16, HEAD_DIM, GROUP)
         self.launcher = make_launcher(place, self.shape)
         self.device = self.launcher.device
         self.draw = torch.Generator().manual_seed(7)
@@ -52,15 +52,17 @@ class Bench:
         self, name: str, weights: list[Tensor], skip_B: Tensor | None = None, kept_from: int = -1, **values: Any
     ) -> Call:  # fmt: skip
         rows, columns = [len(w) for w in weights], weights[0].shape[1]
-        plan = ProductPlan.of(sum(rows), columns, self.shape, self.launcher.multiprocessors)
+        kind, multiprocessors = kinds()[name], self.launcher.multiprocessors
+        plan = ProductPlan.of(sum(rows), columns, self.shape, multiprocessors, kind)
         matrices = {
-            "matrix": weights, "rows": rows, "columns": columns, "blocks": plan.blocks, "splits": plan.splits,
-            "chunk": plan.chunk, "unit_chunks": plan.unit_chunks, "paired": int(kinds()[name].writes == "GATED"),
-            "kept_from": kept_from, "skip_B": skip_B,
+            "matrix": weights, "rows": rows, "columns": columns, "paired": int(kind.writes == "GATED"),
+            "kept_from": kept_from, "skip_B": skip_B, **plan.weights(),
         }  # fmt: skip
         values = {"eps": 1e-6, "input_stride": columns} | values
         norm = values.get("norm")
         room = plan.room_bytes + (0 if norm is None else norm.nbytes)
+        if kind.reads == "BOTH":
+            room += self.shape.rows * self.shape.row_bytes(columns)
         return make_call(name, room, weights=matrices, **values)
 
 

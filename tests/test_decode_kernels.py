@@ -123,7 +123,6 @@ def test_queries_of_the_input_that_keys_values_and_front_left(
     asked = bench.product_call(
         "product_entry", [key, value, front], input=x, norm=norm, out=out[:, 32:], out_stride=88
     )
-    asked.room_bytes += ROWS * 48 * x.element_size()
     rest = bench.product_call("product_query", [query], bench.integers(*flags), out=out, out_stride=88)  # fmt: skip
     bench.run(asked, rest)
     wide = normed(x) * norm.double()

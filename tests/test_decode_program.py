@@ -11,7 +11,7 @@ from fbs_rl.decode.gate_rows import PANEL
 from fbs_rl.decode.kernel_arguments import Void, kinds, make_call
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.product_plan import ProductPlan
-from fbs_rl.decode.program import WARPS, Program
+from fbs_rl.decode.program import MOST_SHARED_BYTES, WARPS, Program
 from tests.decode_bench import ROWS, Bench, assert_close
 
 
@@ -108,16 +108,17 @@ def test_calls_that_are_void_for_the_same_reason_are_passed_over(
 
 def test_a_ring_of_one_piece_is_enough(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A piece that is longer than the one in front and does not fit behind it: it must not wait for room for both."""
-    short, long = bench.normal(96, 240), bench.normal(96, 320)
-    x, out = bench.normal(ROWS, 320), [bench.blank(ROWS, 96) for _ in range(4)]
+    short, long = bench.normal(96, 240), bench.normal(96, 328)
+    x, out = bench.normal(ROWS, 328), [bench.blank(ROWS, 96) for _ in range(4)]
     calls = [
-        bench.product_call("product_plain", [weight], input=x, input_stride=320, out=made, out_stride=96)
+        bench.product_call("product_plain", [weight], input=x, input_stride=328, out=made, out_stride=96)
         for weight, made in zip((short, long, short, long), out, strict=True)
     ]  # fmt: skip
     pieces = {call.arguments.weights.chunk for call in calls}
-    longest = bench.shape.out_rows * max(pieces) * (16 // bench.shape.lane_numbers)
-    assert len(pieces) == 2 and longest % 128 == 0
-    monkeypatch.setattr("fbs_rl.decode.program._MOST_RING_BYTES", longest)
+    longest = -(-bench.shape.out_rows * bench.shape.row_bytes(max(pieces)) // 128) * 128
+    assert len(pieces) == 2
+    warps = WARPS if bench.shape.tensor_cores else 1  # that share a ring
+    monkeypatch.setattr("fbs_rl.decode.program._MOST_RING_BYTES", longest // warps)
     program = Program.of(calls, bench.shape, bench.launcher.multiprocessors, bench.device)
     assert program.ring_bytes == longest
     bench.launcher.run(program, 0, len(calls))
@@ -127,8 +128,8 @@ def test_a_ring_of_one_piece_is_enough(bench: Bench, monkeypatch: pytest.MonkeyP
 
 def test_a_program_without_room_is_refused() -> None:
     weight, shape = torch.zeros(64, 9728), KernelShape(8, False, 128, 4)
-    plan = ProductPlan.of(64, 9728, shape, 132)
-    cut = {"chunk": plan.chunk, "columns": 9728, "matrix": [weight]}
+    plan = ProductPlan.of(64, 9728, shape, 132, kinds()["product_plain"])
+    cut = {"columns": 9728, "matrix": [weight], **plan.weights()}
     call = make_call("product_plain", plan.room_bytes, weights=cut)
     with pytest.raises(ValueError, match="decode fewer rows at once or in bfloat16"):
         Program.of([call], shape, 132, torch.device("cpu"))
@@ -144,26 +145,48 @@ def test_structures_are_read_from_the_source() -> None:
         make_call("embed", colour=1)
 
 
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize(
-    ("outputs", "columns"),
-    [(6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728), (151936, 2560), (8, 128)],
-)
+QWEN3_4B = [
+    ("product_qkv", 6144, 2560),
+    ("product_attention_out", 2560, 4096),
+    ("product_gate_up", 19456, 2560),
+    ("product_down", 2560, 9728),
+    ("product_logits", 151936, 2560),
+]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(("name", "outputs", "columns"), [*QWEN3_4B, ("product_plain", 8, 128)])
 def test_plans_cover_every_column_and_balance_the_warps(
-    rows: int, outputs: int, columns: int
+    rows: int, name: str, outputs: int, columns: int
 ) -> None:
     shape = KernelShape(rows, True, 128, 4)
-    plan = ProductPlan.of(outputs, columns, shape, 132)
-    assert columns % (plan.chunk * plan.splits) == 0 and plan.chunk % 8 == 0
-    assert plan.chunk * shape.out_rows * 2 <= 5120 and plan.room_bytes <= 190 * 1024
-    each = math.ceil(math.ceil(outputs / shape.out_rows) / plan.blocks)
+    plan = ProductPlan.of(outputs, columns, shape, 132, kinds()[name])
+    assert columns == plan.parts * plan.splits * plan.unit_chunks * plan.chunk
+    assert plan.chunk % 8 == 0 and plan.room_bytes <= 120 * 1024
+    assert plan.parts == 1 or kinds()[name].reads == "PLAIN"
+    if rows > 1:  # all warps share every piece
+        assert plan.splits == 1 and plan.chunk >= min(columns, 1216)
+        return
+    each = math.ceil(outputs / plan.blocks)
     busiest = math.ceil(each * plan.splits / WARPS) * columns / plan.splits
     if outputs > 1000:
         assert busiest <= 1.1 * each * columns / WARPS
 
 
+@pytest.mark.parametrize(("rows", "pieces"), [(2, 4), (4, 4), (8, 3), (16, 2)])
+def test_inputs_of_several_rows_leave_room_for_weights(rows: int, pieces: int) -> None:
+    """So many pieces of Qwen3-4B's products."""
+    shape, room, longest = KernelShape(rows, True, 128, 4), 0, 0
+    for name, outputs, columns in QWEN3_4B:
+        plan = ProductPlan.of(outputs, columns, shape, 132, kinds()[name])
+        norm = 0 if kinds()[name].reads == "PLAIN" else 2 * columns
+        room = max(room, plan.room_bytes + norm)
+        longest = max(longest, shape.out_rows * shape.row_bytes(plan.chunk))
+    assert (MOST_SHARED_BYTES - 4096 - room) // 128 * 128 >= pieces * longest
+
+
 def test_plans_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="multiples of 8"):
-        ProductPlan.of(64, 100, KernelShape(1, True, 128, 4), 132)
+        ProductPlan.of(64, 100, KernelShape(1, True, 128, 4), 132, kinds()["product_plain"])
     with pytest.raises(ValueError, match="takes 1 to 16"):
         KernelShape(17, True, 128, 4)

@@ -9,6 +9,8 @@ _FOLDER = Path(__file__).parent / "kernels"
 _FILES = (
     "common",
     "weights",
+    "asking",
+    "sums",
     "products",
     "attention",
     "motion",
@@ -44,9 +46,26 @@ class KernelShape:
     def out_rows(self) -> int:
         """Output rows that a warp of a product works on at once: more of them share what an input costs, fewer
         come in longer pieces, of which each takes the copy engine the same time."""
+        if self.tensor_cores:
+            return 8
         if self.rows == 1:
             return 1
         return 2 if self.rows == 2 or self.rows > 8 else 4
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether they multiply; with a single row, reading is all that takes time."""
+        return self.bf16 and self.rows > 1
+
+    @property
+    def share_rows(self) -> int:
+        """What a block's share of the output rows is a multiple of, as in kernels/weights.cu."""
+        return 1 if self.tensor_cores else self.out_rows
+
+    def row_bytes(self, columns: int) -> int:
+        """From a row to the next where several lie in shared memory, as in kernels/weights.cu."""
+        numbers = columns * 16 // self.lane_numbers
+        return (-(-numbers // 64) | 1) * 64 if self.tensor_cores else numbers
 
     @property
     def lane_numbers(self) -> int:

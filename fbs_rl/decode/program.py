@@ -18,9 +18,12 @@ THREADS = 32 * (WARPS + 4)  # and ASKERS of kernels/common.cu, which ask for wei
 MOST_SHARED_BYTES = 227 * 1024  # of one block on compute capability 9.0
 _FRONT_BYTES = 4096  # FRONT_BYTES and ARGUMENT_BYTES of kernels/program.cu
 _ARGUMENT_BYTES = 448
-_MOST_RING_BYTES = 28 * 1024  # of a warp: weights that wait for their turn
-_WINDOW_BYTES = 10 * 1024  # of a warp: weights on their way, behind which small reads wait
-_NEAR_BYTES = 30 * 1024  # of a warp: weights that wait in the second cache where its ring is full
+_MOST_RING_BYTES = 28 * 1024  # for each warp: weights that wait for their turn
+_WINDOW_BYTES = 10 * 1024  # for each warp: weights on their way, behind which small reads wait
+_SHARED_WINDOW_BYTES = 96 * 1024  # the same of a ring that all warps share
+_NEAR_BYTES = (
+    30 * 1024
+)  # for each warp: weights that wait in the second cache where its ring is full
 
 
 class _Header(ctypes.Structure):
@@ -44,7 +47,8 @@ class _Header(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Calls as the device reads them, and once more what their products read. ring_bytes: a warp's room for weights.
+    """Calls as the device reads them, and once more what their products read. rings: of weights, in each
+    block; ring_bytes: of each.
 
     arrived, epochs: where blocks count whom they have waited for; they go on from launch to launch. cycles: the first
     block's clock at the end of each call, of the last launch.
@@ -53,6 +57,7 @@ class Program:
     calls: tuple[Call, ...]
     records: Tensor
     products: Tensor
+    rings: int
     ring_bytes: int
     shared_bytes: int
     arrived: Tensor
@@ -66,11 +71,12 @@ class Program:
         """Raises ValueError where the calls' inputs leave no room for weights."""
         room = -(-max(call.room_bytes for call in calls) // 128) * 128
         free = MOST_SHARED_BYTES - _FRONT_BYTES - room
-        ring = max(0, min(_MOST_RING_BYTES, free // WARPS // 128 * 128))
+        rings = 1 if shape.tensor_cores else WARPS  # RINGS of kernels/weights.cu
+        ring = max(0, min(_MOST_RING_BYTES * WARPS // rings, free // rings // 128 * 128))
         for call in calls:
             if call.is_product:
                 weights = call.arguments.weights
-                if ring < shape.out_rows * weights.chunk * (16 // shape.lane_numbers):
+                if ring < shape.out_rows * shape.row_bytes(weights.chunk):
                     raise ValueError(
                         f"{shape.rows} rows of {weights.columns} inputs do not fit a multiprocessor's "
                         f"{MOST_SHARED_BYTES >> 10} KiB; decode fewer rows at once or in bfloat16"
@@ -79,8 +85,9 @@ class Program:
             tuple(calls),
             _bytes_on(device, _records(calls)),
             _bytes_on(device, [bytes(call.arguments.weights) for call in calls if call.is_product]),
+            rings,
             ring,
-            _FRONT_BYTES + WARPS * ring + room,
+            _FRONT_BYTES + rings * ring + room,
             torch.zeros(1, dtype=torch.int32, device=device),
             torch.zeros(blocks, dtype=torch.int32, device=device),
             torch.zeros(len(calls), dtype=torch.int64, device=device),
@@ -89,9 +96,11 @@ class Program:
     def part(self, first: int, end: int) -> ctypes.Structure:
         """The argument of a launch of the calls [first, end)."""
         products = (sum(call.is_product for call in self.calls[:place]) for place in (first, end))
+        window = _WINDOW_BYTES if self.rings == WARPS else _SHARED_WINDOW_BYTES
+        near = _NEAR_BYTES * WARPS // self.rings
         return structures()["Program"](
-            self.records.data_ptr(), first, end, self.products.data_ptr(), *products, self.ring_bytes, _WINDOW_BYTES,
-            _NEAR_BYTES, self.arrived.data_ptr(), self.epochs.data_ptr(), self.cycles.data_ptr(),
+            self.records.data_ptr(), first, end, self.products.data_ptr(), *products, self.ring_bytes, window, near,
+            self.arrived.data_ptr(), self.epochs.data_ptr(), self.cycles.data_ptr(),
         )  # fmt: skip
 
 

@@ -57,26 +57,26 @@ class StepWriter:
         skip_B, slot_B, kept_from: as in Weights of kernels/products.cu.
         """
         rows, columns = [len(weight) for weight in weights], weights[0].shape[1]
-        plan = ProductPlan.of(sum(rows), columns, self.shape, self.multiprocessors)
+        kind = kinds()[name]
+        plan = ProductPlan.of(sum(rows), columns, self.shape, self.multiprocessors, kind)
         values = {"eps": self.model.config.rms_norm_eps} | values
         if source is not None:
             values |= {"input": source, "input_stride": source.stride(0)}
         if out is not None:
             values |= {"out": out, "out_stride": out.stride(0)}
         matrices = {
-            "matrix": weights, "rows": rows, "columns": columns, "blocks": plan.blocks, "splits": plan.splits,
-            "chunk": plan.chunk, "unit_chunks": plan.unit_chunks, "paired": int(kinds()[name].writes == "GATED"),
-            "kept_from": kept_from, "skip_B": skip_B, "slot_B": slot_B,
+            "matrix": weights, "rows": rows, "columns": columns, "paired": int(kind.writes == "GATED"),
+            "kept_from": kept_from, "skip_B": skip_B, "slot_B": slot_B, **plan.weights(),
         }  # fmt: skip
         norm = values.get("norm")
         room = plan.room_bytes + (0 if norm is None else norm.nbytes)
-        if kinds()[name].reads == "BOTH":
+        if kind.reads == "BOTH":
             room += self.held_bytes(columns)
         return self.call(name, room, weights=matrices, **values)
 
     def held_bytes(self, columns: int) -> int:
         """Of all rows' inputs, as a product holds them."""
-        return self.shape.rows * columns * (16 // self.shape.lane_numbers)
+        return self.shape.rows * self.shape.row_bytes(columns)
 
     def skip_B(self, layer: int) -> Tensor | None:
         """Flags of who skips the layer, None if nobody can. Layers that share a decision have the same."""

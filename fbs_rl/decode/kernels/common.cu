@@ -3,6 +3,8 @@
 // Compiled at run time with: ROWS (batch rows), BF16 (1: bfloat16 model, 0: float32), HEAD_DIM, QUERY_GROUP
 // (query heads a key head), OUT_ROWS (output rows that a warp works on at once).
 //
+// TENSOR: products of several bfloat16 rows, by the tensor cores.
+//
 // Every call of a program has one struct of arguments; fbs_rl/decode/kernel_arguments.py reads their fields here.
 
 typedef unsigned int u32;
@@ -18,6 +20,11 @@ typedef float num;
 #endif
 // LANE_NUMS: numbers in the 16 bytes that a lane loads at once.
 
+#define TENSOR (BF16 && ROWS > 1)
+#if TENSOR
+static_assert(OUT_ROWS == 8, "a tensor core takes so many rows of weights");
+#endif
+
 // Before a loop: a step runs most code once a layer, so what has to be fetched of it costs more than a jump.
 #define ROLLED _Pragma("unroll 1")
 // Before a function: its code is there once, for all that call it.
@@ -31,7 +38,7 @@ typedef float num;
 
 #define WARP 32
 #define WARPS 8   // of a block, that work on its calls
-#define ASKERS 4  // that ask for their weights (weights.cu)
+#define ASKERS 4  // that ask for their weights (asking.cu)
 #define THREADS (WARP * WARPS)
 #define ALL_THREADS (THREADS + WARP * ASKERS)
 
@@ -116,9 +123,9 @@ __device__ __forceinline__ int count_one(int* counter) { return (*counter)++; }
 __device__ __forceinline__ void bring_near(const void*, u32) {}
 __device__ __forceinline__ void copy_aside(void* to, const void* from) { memcpy(to, from, 16); }
 __device__ __forceinline__ void await_copies() {}
-__device__ __forceinline__ void make_barrier(u64* barrier) { *barrier = 0; }
+__device__ __forceinline__ void make_barrier(u64* barrier, u32 arrivals) { open_barrier(barrier, arrivals); }
 __device__ __forceinline__ void show_barriers() {}
-__device__ __forceinline__ void expect_bytes(u64* barrier, u32 bytes) { *barrier += bytes; }
+__device__ __forceinline__ void expect_bytes(u64* barrier, u32 bytes) { arrive_at(barrier, bytes); }
 __device__ __forceinline__ void copy_ahead(void* to, const void* from, u32 bytes, u64* barrier) {
   post_copy(to, from, bytes, barrier);
 }
@@ -128,6 +135,7 @@ __device__ __forceinline__ void wait_barrier(u64* barrier, u32 parity) {
 }
 template <class T> __device__ __forceinline__ void tell(T* to, T value) { *(volatile T*)to = value; }
 template <class T> __device__ __forceinline__ T heard(const T* from) { return *(const volatile T*)from; }
+__device__ __forceinline__ u64 least_heard(const u64* from, int count) { return *std::min_element(from, from + count); }
 __device__ __forceinline__ void look_again() { yield_at(AT_GRID); }
 __device__ __forceinline__ void rest() { yield_at(AT_GRID); }
 #else
@@ -147,8 +155,8 @@ __device__ __forceinline__ int count_one(int* counter) {
 
 // Copies by the copy engine, and the barriers that tell when all bytes of a slot are there.
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void make_barrier(u64* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void make_barrier(u64* barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 __device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void expect_bytes(u64* barrier, u32 bytes) {
@@ -158,7 +166,7 @@ __device__ __forceinline__ void expect_bytes(u64* barrier, u32 bytes) {
 __device__ __forceinline__ void copy_ahead(void* to, const void* from, u32 bytes, u64* barrier) {
   // Read once a step: what is read more often stays in the second cache.
   u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           shared_address(to)),
@@ -170,6 +178,12 @@ __device__ __forceinline__ void copy_aside(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// sum (16 x 8) += a (16 x 16) · b (16 x 8); a: of the upper rows, of the lower ones, then of both what lies 8 columns on.
+__device__ __forceinline__ void multiply_matrices(float sum[4], const u32 a[4], const u32 b[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 // Into the second cache.
 __device__ __forceinline__ void bring_near(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
@@ -205,6 +219,16 @@ __device__ __forceinline__ u64 heard(const u64* from) {
   u64 value;
   asm volatile("ld.acquire.cta.shared::cta.u64 %0, [%1];" : "=l"(value) : "r"(shared_address(from)) : "memory");
   return value;
+}
+// The least of several.
+__device__ __forceinline__ u64 least_heard(const u64* from, int count) {
+  u64 least = ~0ull;
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const u64 value = heard(from + i);
+    least = value < least ? value : least;
+  }
+  return least;
 }
 __device__ __forceinline__ void look_again() {}
 __device__ __forceinline__ void rest() { __nanosleep(20); }

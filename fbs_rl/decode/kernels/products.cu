@@ -1,11 +1,9 @@
 // Products of a few rows with a weight matrix that is read once: the bulk of a decoding step.
 //
-// A block holds the input rows in shared memory and has a contiguous share of the output rows. A warp takes
-// OUT_ROWS of them at a time, or one of `splits` parts of their length: a unit. Their weights are on their way
-// long before (weights.cu), if the layer looked as if it ran. Sums meet in shared memory, where the
-// output stage finds them.
-
-#define PIECES_AT_ONCE (ROWS * OUT_ROWS == 1 ? 4 : 1)  // of 16 bytes a lane
+// A block holds the input rows in shared memory, all columns or a part of them at a time, and has a contiguous share of
+// the output rows. A warp takes OUT_ROWS of them at a time, or one of `splits` of their columns: a unit; with tensor
+// cores all warps take OUT_ROWS rows together, each some of the columns. Weights are on their way long before
+// (asking.cu), if the layer looked as if it ran. Sums meet in shared memory, where the output stage finds them.
 
 // What a row has that skips a layer: state + up·silu(down); null up: the state.
 struct SkipPath {
@@ -92,12 +90,16 @@ __device__ __forceinline__ void norm_row(int input, num* x, num* bare, const num
   }
 }
 
+#define WARPS_A_ROW (ROWS < WARPS ? WARPS / ROWS : 1)
+#define ROWS_STAGED (WARPS / WARPS_A_ROW)  // at once
+#define STAGED_AT_ONCE (WARPS_A_ROW == 1 ? 10 : 5)  // times 16 bytes of a lane
+
 // A thread's part of a row into x; the sum of its squares.
 __device__ __forceinline__ float stage_row(const Product& p, int b, num* row, int from, int stride) {
   const int columns = p.weights.columns;
   const uint4* source = (const uint4*)(p.input + b * p.input_stride);
   float square = 0.f;
-#pragma unroll 5
+#pragma unroll STAGED_AT_ONCE
   for (int k = from; k < columns / LANE_NUMS; k += stride) {
     const uint4 v = __ldcg(source + k);
     float wide[LANE_NUMS];
@@ -116,14 +118,31 @@ __device__ __forceinline__ void stage_mean(const Product& p, int b, num* row, in
     row[k] = narrow(__ldcg(p.sum_Bd + (long long)b * p.weights.columns + k) / size);
 }
 
+// The columns of one part of the input rows into x, `apart` numbers from row to row.
+__device__ __forceinline__ void stage_part(const Product& p, int part, num* x, int apart) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, columns = p.weights.columns / p.weights.parts;
+  ROLLED for (int b = warp / WARPS_A_ROW; b < ROWS; b += ROWS_STAGED) {
+    const uint4* source = (const uint4*)(p.input + b * p.input_stride + part * columns);
+#pragma unroll 4
+    for (int k = warp % WARPS_A_ROW * WARP + lane; k < columns / LANE_NUMS; k += WARPS_A_ROW * WARP)
+      copy_aside((uint4*)(x + b * apart) + k, source + k);
+  }
+  await_copies();
+  __syncthreads();
+}
+
 // The input rows into x; one or more warps a row.
-__device__ __forceinline__ void stage(const Product& p, int input, num* x, const num* norm, float* scratch) {
+__device__ __forceinline__ void stage(const Product& p, int input, num* x, int apart, const num* norm, float* scratch) {
+  if (TENSOR && input == PLAIN) {
+    stage_part(p, 0, x, apart);
+    return;
+  }
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, columns = p.weights.columns;
-  const int each = max(1, WARPS / ROWS), at_once = WARPS / each;
+  const int each = WARPS_A_ROW, at_once = ROWS_STAGED;
   ROLLED for (int b0 = 0; b0 < ROWS; b0 += at_once) {
     const int b = b0 + warp / each, from = warp % each * WARP + lane, stride = each * WARP;
     const bool mine = b < ROWS && warp / each < at_once;
-    num* row = x + b * columns;
+    num* row = x + b * apart;
     float square = 0.f;
     if (mine && input == MEAN) stage_mean(p, b, row, from, stride);
     else if (mine) square = stage_row(p, b, row, from, stride);
@@ -133,7 +152,7 @@ __device__ __forceinline__ void stage(const Product& p, int input, num* x, const
     __syncthreads();
     square = 0.f;
     ROLLED for (int w = warp / each * each; w < warp / each * each + each && w < WARPS; ++w) square += scratch[w];
-    if (mine) norm_row(input, row, row + ROWS * columns, norm, columns, from, stride, rsqrtf(square / columns + p.eps));
+    if (mine) norm_row(input, row, row + ROWS * apart, norm, columns, from, stride, rsqrtf(square / columns + p.eps));
     __syncthreads();
   }
   __syncthreads();
@@ -176,11 +195,14 @@ __device__ __forceinline__ void finish(const Product& p, int output, int b, int 
   }
 }
 
-// The sum of a block's output row j (counted from its first), over its parts.
-__device__ __forceinline__ float part_sum(int splits, const float* sums, int j, int b) {
+#define SUMS_AT_ONCE (TENSOR ? 4 : 1)
+
+// The sum of row j of the groups (counted from the first), over its splits.
+__device__ __forceinline__ float split_sum(int splits, const float* sums, int j, int b) {
   const int group = j / OUT_ROWS, r = j % OUT_ROWS;
   float sum = 0.f;
-  ROLLED for (int s = 0; s < splits; ++s) sum += sums[((group * splits + s) * OUT_ROWS + r) * ROWS + b];
+#pragma unroll SUMS_AT_ONCE
+  for (int s = 0; s < splits; ++s) sum += sums[((group * splits + s) * OUT_ROWS + r) * ROWS + b];
   return sum;
 }
 
@@ -210,91 +232,71 @@ __device__ __forceinline__ void block_best(float value, int index, Fixed& fixed,
   if (best_at) *best_at = index;
 }
 
+// goes_on: rows in front of these are done already.
 __device__ __forceinline__ void output_stage(const Product& p, int output, const float* sums, int first_row, int count,
-                                             const Terms& early, Fixed& fixed) {
-  const int splits = p.weights.splits;
+                                             bool goes_on, const Terms& early, Fixed& fixed) {
+  const int splits = TENSOR ? WARPS : p.weights.splits;
   if (output == GATED) {
     ROLLED for (int i = threadIdx.x; i < count / 2 * ROWS; i += THREADS) {
       const int pair = i / ROWS, b = i % ROWS;
-      finish(p, output, b, first_row / 2 + pair, part_sum(splits, sums, pair, b),
-             part_sum(splits, sums, count / 2 + pair, b), true, early);
+      // Groups of both sides in turns, or single rows of one and then of the other.
+      const int one = OUT_ROWS > 1 ? pair / OUT_ROWS * OUT_ROWS + pair : pair;
+      const int other = one + (OUT_ROWS > 1 ? OUT_ROWS : count / 2);
+      finish(p, output, b, first_row / 2 + pair, split_sum(splits, sums, one, b), split_sum(splits, sums, other, b), true,
+             early);
     }
   } else if (output == LOGITS) {
     ROLLED for (int b = 0; b < ROWS; ++b) {
-      float value = MINUS_INFINITY;
-      int index = 0x7fffffff;
+      const int at = blockIdx.x * ROWS + b;
+      const bool keeps = goes_on && threadIdx.x == 0;  // the best so far, which it wrote itself
+      float value = keeps ? p.best[at] : MINUS_INFINITY;
+      int index = keeps ? p.best_index[at] : 0x7fffffff;
       ROLLED for (int j = threadIdx.x; j < count; j += THREADS) {
-        const float sum = part_sum(splits, sums, j, b);
+        const float sum = split_sum(splits, sums, j, b);
         finish(p, output, b, first_row + j, sum, 0.f, true, terms_of(p, output, b, first_row + j));
         better(value, index, rounded(sum), first_row + j);
       }
-      block_best(value, index, fixed, p.best + blockIdx.x * ROWS + b, p.best_index + blockIdx.x * ROWS + b);
+      block_best(value, index, fixed, p.best + at, p.best_index + at);
     }
   } else {
     ROLLED for (int i = threadIdx.x; i < count * ROWS; i += THREADS) {
       const int b = i % ROWS, n = first_row + i / ROWS;
-      finish(p, output, b, n, part_sum(splits, sums, i / ROWS, b), 0.f, true, i < THREADS ? early : terms_of(p, output, b, n));
+      const Terms terms = i < THREADS && !goes_on ? early : terms_of(p, output, b, n);
+      finish(p, output, b, n, split_sum(splits, sums, i / ROWS, b), 0.f, true, terms);
     }
-  }
-}
-
-// --- sums ---------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void multiply(const Weights& w, const num* x, const num* weight, float acc[OUT_ROWS][ROWS]) {
-#pragma unroll PIECES_AT_ONCE
-  for (int k = threadIdx.x % WARP * LANE_NUMS; k < w.chunk; k += WARP * LANE_NUMS) {
-    float v[OUT_ROWS][LANE_NUMS];
-#pragma unroll
-    for (int r = 0; r < OUT_ROWS; ++r) unpack(*(const uint4*)(weight + r * w.chunk + k), v[r]);
-#pragma unroll
-    for (int b = 0; b < ROWS; ++b) {
-      float u[LANE_NUMS];
-      unpack(*(const uint4*)(x + b * w.columns + k), u);
-#pragma unroll
-      for (int r = 0; r < OUT_ROWS; ++r)
-#pragma unroll
-        for (int i = 0; i < LANE_NUMS; ++i) acc[r][b] = fmaf(v[r][i], u[i], acc[r][b]);
-    }
-  }
-}
-
-// A warp's share of the units; their sums into sums[(unit, OUT_ROWS, ROWS)]. From the group `bare` of these on the inputs
-// are those behind the first ones.
-__device__ __forceinline__ void run_stream(const Weights& given, int units, int bare, Stream& s, const num* x, float* sums) {
-  const Weights w = given;  // in registers
-  const int lane = threadIdx.x % WARP, bytes = OUT_ROWS * w.chunk * sizeof(num);
-  float acc[OUT_ROWS][ROWS] = {};
-  int unit = threadIdx.x / WARP, chunk = 0, column = 0;
-  ROLLED while (unit < units) {
-    if (chunk == 0) column = unit % w.splits * w.unit_chunks * w.chunk + (unit / w.splits < bare ? 0 : ROWS * w.columns);
-    multiply(w, x + column, await_piece(s, bytes), acc);
-    leave_piece(s, bytes);
-    column += w.chunk;
-    if (++chunk < w.unit_chunks) continue;
-#pragma unroll
-    for (int r = 0; r < OUT_ROWS; ++r)
-#pragma unroll
-      for (int b = 0; b < ROWS; ++b) {
-        const float sum = warp_sum(acc[r][b]);
-        acc[r][b] = 0.f;
-        if (lane == (r * ROWS + b) % WARP) sums[(unit * OUT_ROWS + r) * ROWS + b] = sum;
-      }
-    chunk = 0;
-    unit += WARPS;
   }
 }
 
 // --- the product --------------------------------------------------------------------------------------
 
+#define KEPT_ROWS (1024 / ROWS / 16 * 16)  // of a block, whose sums are kept at a time where each warp leaves one
+
+// The sums of the block's rows [first, end), whose weights come next.
+__device__ __forceinline__ void sum_rows(const Product& p, int first, int end, int bare, Stream& s, num* x, int apart,
+                                              float* sums) {
+#if TENSOR
+  ROLLED for (int part = 0; part < p.weights.parts; ++part) {
+    if (part) {
+      __syncthreads();
+      stage_part(p, part, x, apart);
+    }
+    run_stream(p.weights, groups_of(p.weights, end - first), part, bare, s, x, apart, sums);
+  }
+#else
+  run_stream(p.weights, groups_of(p.weights, end - first), bare, s, x, sums);
+#endif
+  __syncthreads();
+}
+
 __device__ __forceinline__ void product(const Product& p, int input, int output, int number, Stream& s, Team& team,
                                         Fixed& fixed, unsigned char* room) {
   const Weights& w = p.weights;
   num* x = (num*)room;
-  num* norm = x + (input == BOTH ? 2 : 1) * ROWS * w.columns;
+  const int apart = row_bytes(w.columns / (TENSOR ? w.parts : 1)) / (int)sizeof(num);
+  num* norm = x + (input == BOTH ? 2 : 1) * ROWS * apart;
   float* sums = (float*)(norm + (p.norm ? w.columns : 0));
   int first, end;
   share_of(w, first, end);
-  const int end_row = min(end * OUT_ROWS, row_count(w));
   if (p.norm)
     ROLLED for (int k = threadIdx.x; k < w.columns / LANE_NUMS; k += THREADS)
       copy_aside((uint4*)norm + k, (const uint4*)p.norm + k);
@@ -305,22 +307,26 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
   if (idle(w, end, runs)) {
     pass(s, number, number + 1);
     if (output == INJECT)
-      ROLLED for (int i = threadIdx.x; i < (end_row - first * OUT_ROWS) * ROWS; i += THREADS) {
-        const int b = i % ROWS, n = first * OUT_ROWS + i / ROWS;
+      ROLLED for (int i = threadIdx.x; i < (end - first) * ROWS; i += THREADS) {
+        const int b = i % ROWS, n = first + i / ROWS;
         finish(p, output, b, n, 0.f, 0.f, false, terms_of(p, output, b, n));
       }
     return;
   }
-  if (!runs && w.kept_from > first * OUT_ROWS) first = w.kept_from / OUT_ROWS;
+  if (!runs && w.kept_from > first) first = w.kept_from;
   if (first != end) meet(s, number, first);
   Terms early = {};
-  if (output != LOGITS && output != GATED && (int)threadIdx.x < (end_row - first * OUT_ROWS) * ROWS)
-    early = terms_of(p, output, threadIdx.x % ROWS, first * OUT_ROWS + threadIdx.x / ROWS);
-  if (input != HELD) stage(p, input, x, norm, fixed.scratch);
+  if (output != LOGITS && output != GATED && (int)threadIdx.x < (end - first) * ROWS)
+    early = terms_of(p, output, threadIdx.x % ROWS, first + threadIdx.x / ROWS);
+  if (input != HELD) stage(p, input, x, apart, norm, fixed.scratch);
   if (first == end) return;
-  const int bare = input == BOTH ? (w.rows[0] + w.rows[1]) / OUT_ROWS - first : end;
-  run_stream(w, (end - first) * w.splits, bare, s, x, sums);
-  __syncthreads();
-  close_product(s);
-  output_stage(p, output, sums, first * OUT_ROWS, end_row - first * OUT_ROWS, early, fixed);
+  const int bare = input == BOTH ? w.rows[0] + w.rows[1] : 0x7fffffff;
+  const int at_once = TENSOR && w.parts == 1 ? KEPT_ROWS : end - first;
+  ROLLED for (int from = first, to; from < end; from = to) {
+    to = min(from + at_once, end);
+    if (TENSOR && from != first) __syncthreads();
+    sum_rows(p, from, to, bare - from, s, x, apart, sums);
+    if (to == end) close_product(s);
+    output_stage(p, output, sums, from, to - from, from != first, early, fixed);
+  }
 }

@@ -25,9 +25,9 @@ struct Program {
   const Weights* products;
   int first_product;  // of these calls
   int end_product;
-  int ring_bytes;     // of a warp
-  int window_bytes;   // of a warp's weights that are on their way at a time
-  int near_bytes;     // of a warp's weights that wait in the second cache
+  int ring_bytes;     // of each
+  int window_bytes;   // of a ring's weights that are on their way at a time
+  int near_bytes;     // of a ring's weights that wait in the second cache
   u32* arrived;    // of all blocks, ever
   u32* epochs;     // of each block
   u64* cycles;     // [calls] the first block's clock when it was through with each; null: not asked
@@ -60,7 +60,7 @@ struct Block {
 // What lies in front of the rings in a block's shared memory.
 struct Front {
   Call call[2];  // the one that runs, and the next
-  u64 arrivals[WARPS * MOST_PIECES];
+  u64 arrivals[RINGS * MOST_PIECES];
   Orders orders;
   Fixed fixed;
 };
@@ -70,12 +70,12 @@ static_assert(sizeof(Front) <= FRONT_BYTES, "fbs_rl/decode/program.py leaves thi
 
 __device__ __forceinline__ Block open_block(const Program& p, unsigned char* shared) {
   Front& front = *(Front*)shared;
-  const int warp = threadIdx.x / WARP;
+  const int ring = threadIdx.x / WARP % RINGS;
   Block b;
   b.team = {p.arrived, __ldcg(p.epochs + blockIdx.x), false, nullptr, true};
   b.fixed = &front.fixed;
-  b.room = shared + FRONT_BYTES + WARPS * p.ring_bytes;
-  b.stream = {shared + FRONT_BYTES + warp * p.ring_bytes, (u32)p.ring_bytes, front.arrivals + warp * MOST_PIECES,
+  b.room = shared + FRONT_BYTES + RINGS * p.ring_bytes;
+  b.stream = {shared + FRONT_BYTES + ring * p.ring_bytes, (u32)p.ring_bytes, front.arrivals + ring * MOST_PIECES,
               &front.orders, {}, 0, 0};
   return b;
 }
@@ -83,7 +83,7 @@ __device__ __forceinline__ Block open_block(const Program& p, unsigned char* sha
 // By one warp, before anything else.
 __device__ __forceinline__ void lay_out(Front& front) {
   const int lane = threadIdx.x % WARP;
-  ROLLED for (int i = lane; i < WARPS * MOST_PIECES; i += WARP) make_barrier(front.arrivals + i);
+  ROLLED for (int i = lane; i < RINGS * MOST_PIECES; i += WARP) make_barrier(front.arrivals + i, ARRIVALS);
   ROLLED for (int i = lane; i < (int)sizeof(Orders) / 4; i += WARP) ((u32*)&front.orders)[i] = 0;
   show_barriers();
 }
