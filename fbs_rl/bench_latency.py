@@ -4,10 +4,10 @@ latency: one row, every way of decoding side by side. batch: 1, 4 and 8 rows, wh
 overhead: what the modules cost when nothing is skipped. table: saved results as one Markdown table.
 
 A request is a prompt of 512 tokens and 128 forced steps: what is fed does not depend on what a model says.
-20 warm-ups, 50 runs, variants in turns, CUDA events, medians. Shares of skipped layers are forced: gates are
-computed in full, but answer what gives the share, so no quality is implied; with --tau the gates decide. With
---geometry weights are random: latency alone. vLLM (engines vllm, vllm-fbs) takes its turns in processes of its
-own and by the host's clock; see latency_vllm.py.
+20 warm-ups, 50 runs, variants in turns, CUDA events, medians; stopped by a signal it shows what the rounds so
+far gave. Shares of skipped layers are forced: gates are computed in full, but answer what gives the share, so no
+quality is implied; with --tau the gates decide. With --geometry weights are random: latency alone. vLLM (engines
+vllm, vllm-fbs) takes its turns in processes of its own and by the host's clock; see latency_vllm.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import yaml
 
+from fbs_rl.interruption import Interruption
 from fbs_rl.latency_engines import Engine, OwnClock, Variant, Workload, make_engine
 from fbs_rl.latency_figures import draw_steps, make_figures, markdown_table
 from fbs_rl.latency_protocol import copy_bandwidth, describe_device, measure
@@ -80,11 +81,17 @@ def run(
             "random_weights": arguments.geometry is not None,
             "rows": [],
         }
+        interruption = Interruption()
         for batch in batches:
             load = dataclasses.replace(most, rows=batch)
             makers = {v.name: _maker(v, load, plain, models, processes) for v in variants}
-            result["rows"] += _measured(variants, makers, load, bandwidth, plain, arguments)
+            with interruption.awaited():
+                result["rows"] += _measured(
+                    variants, makers, load, bandwidth, plain, interruption, arguments
+                )
             keep(result)
+            if interruption.asked:
+                break
     return result
 
 
@@ -99,11 +106,13 @@ def _maker(
 
 def _measured(
     variants: Sequence[Variant], makers: dict[str, Callable[[], Engine | OwnClock]], load: Workload,
-    bandwidth: float, plain: Any, arguments: argparse.Namespace,
+    bandwidth: float, plain: Any, interruption: Interruption, arguments: argparse.Namespace,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one batch size. plain: the backbone."""
-    vocabulary, say = plain.config.vocab_size, _progress(load.rows)
-    found = measure(makers, load, arguments.warmups, arguments.runs, vocabulary, plain.device, say)
+    found = measure(
+        makers, load, arguments.warmups, arguments.runs, plain.config.vocab_size, plain.device,
+        _progress(load.rows), lambda: interruption.asked,
+    )  # fmt: skip
     samples = {variant.name: found[variant.name][1] for variant in variants}
     stock = next((samples[v.name] for v in variants if v.engine == STOCK), None)
     rows = []
@@ -116,7 +125,7 @@ def _measured(
             "entropy_T": None if sample.entropy_T is None else sample.entropy_T.tolist(),
             "step_ms_T": torch.from_numpy(sample.step_RT).median(0).values.tolist(),
         }
-        rows.append(dataclasses.asdict(figures) | {"tokens": log})
+        rows.append(dataclasses.asdict(figures) | {"runs": len(sample.prefill_R), "tokens": log})
     return rows
 
 
@@ -204,8 +213,16 @@ def describe(result: dict[str, Any]) -> str:
     return (
         f"{source}{random}, preset {settings['preset']}, {settings['dtype']}, "
         f"{settings['prompt_tokens']} -> {settings['new_tokens']} forced tokens, {settings['warmups']} warm-ups, "
-        f"{settings['runs']} runs, interleaved; {''.join(engines)}{host['device']}, torch {host['torch']}, "
+        f"{_runs(result)}, interleaved; {''.join(engines)}{host['device']}, torch {host['torch']}, "
         f"copy bandwidth {host['copy_bytes_per_s'] / 1e12:.3g} TB/s\n\n{markdown_table(result['rows'])}"
+    )
+
+
+def _runs(result: dict[str, Any]) -> str:
+    wanted = result["settings"]["runs"]
+    kept = min(row.get("runs", wanted) for row in result["rows"])  # older files do not say
+    return (
+        f"{wanted} runs" if kept == wanted else f"stopped by a signal after {kept} of {wanted} runs"
     )
 
 

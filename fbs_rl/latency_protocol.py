@@ -88,9 +88,12 @@ def step_entropies(engine: Engine, prompt_BT: Tensor, forced_BT: Tensor) -> np.n
 
 def measure(
     makers: Mapping[str, Callable[[], Engine | OwnClock]], load: Workload, warmups: int, runs: int, vocabulary: int,
-    device: torch.device, say: Callable[[str], None],
+    device: torch.device, say: Callable[[str], None], stops: Callable[[], bool] = lambda: False,
 ) -> dict[str, tuple[Engine | OwnClock, Sample]]:  # fmt: skip
-    """Samples by variant. The variants take turns, one request each, in a new order every round."""
+    """Samples by variant. The variants take turns, one request each, in a new order every round.
+
+    stops: asked after each round. Samples are then of the rounds so far; InterruptedError if all were warm-ups.
+    """
     draw = torch.Generator().manual_seed(0)
     shape = (load.rows, load.prompt_tokens + load.new_tokens)
     ids = torch.randint(0, vocabulary, shape, generator=draw).to(device)
@@ -101,6 +104,13 @@ def measure(
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             turns[name].take(kept=turn >= warmups)
         say(f"round {turn + 1} of {warmups + runs}")
+        if not stops():
+            continue
+        if turn < warmups:
+            raise InterruptedError(
+                f"stopped after {turn + 1} of {warmups} warm-ups, before anything was measured"
+            )
+        break
     return {name: (taken.engine, taken.sample()) for name, taken in turns.items()}
 
 

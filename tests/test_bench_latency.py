@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from fbs_rl.bench_latency import describe, parse, run
 from fbs_rl.decode.graph_decoder import kernel_shape
 from fbs_rl.latency_engines import StepTrace, Variant, Workload, hold_gates, make_engine
 from fbs_rl.latency_figures import bootstrap_interval, entropy_slices
-from fbs_rl.latency_protocol import Sample, run_request, step_entropies
+from fbs_rl.latency_protocol import Sample, measure, run_request, step_entropies
 from fbs_rl.model_geometry import random_backbone
 from fbs_rl.types import GateMode
 from tests.decode_launchers import PLACES, make_launcher
@@ -236,3 +239,35 @@ def test_geometries() -> None:
     with pytest.raises(ValueError, match="no geometry 'huge'"):
         random_backbone("huge", torch.bfloat16, "cpu")
     assert lively("qwen3").config.layer_count == made.config.num_hidden_layers
+
+
+def test_a_bench_that_is_stopped_shows_the_rounds_so_far(tmp_path: Path) -> None:
+    """What a signal would cost otherwise are all rounds that were measured."""
+    arguments = words(
+        "batch", "--engines", "incremental", "--batches", "1,2", "--out", str(tmp_path)
+    )
+    arguments[arguments.index("--runs") + 1] = "100000"
+    command = [sys.executable, "-m", "fbs_rl.bench", *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as bench:
+        assert bench.stderr is not None
+        said = ""
+        while "round 3 of" not in said:
+            said += bench.stderr.read(1)
+        bench.send_signal(signal.SIGTERM)
+        printed, _ = bench.communicate(timeout=60)
+    assert bench.returncode == 0 and "stopped by a signal after" in printed
+    rows = json.loads((tmp_path / "batch.json").read_text())["rows"]
+    assert {row["batch"] for row in rows} == {1} and all(2 <= row["runs"] < 100000 for row in rows)
+
+
+def test_a_bench_that_is_stopped_in_its_warm_ups_says_so() -> None:
+    model, load = backbone("llama"), Workload(1, 3, 1)
+    maker = {
+        "plain": lambda: make_engine(
+            Variant("plain", "incremental", False), fresh(), model, load, None
+        )
+    }
+    with pytest.raises(InterruptedError, match="after 1 of 2 warm-ups"):
+        measure(maker, load, 2, 5, VOCAB, torch.device("cpu"), lambda _: None, lambda: True)
