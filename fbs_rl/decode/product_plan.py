@@ -11,7 +11,7 @@ from fbs_rl.decode.program import WARPS
 
 _CHUNK_BYTES = 5120  # that a warp asks for at once, of all its rows together, at most
 _TENSOR_COLUMNS = (
-    2560  # of a piece at most, with tensor cores: short copies cost more time than their bytes
+    2560  # of a piece at most, with tensor cores: short copies cost more than their bytes
 )
 _PIECE_COLUMNS = 256  # that a warp could read in the time that a piece takes beside its bytes
 _INPUT_BYTES = 72 * 1024  # of all rows' inputs, at a time, where they may come in parts

@@ -21,9 +21,7 @@ _ARGUMENT_BYTES = 448
 _MOST_RING_BYTES = 28 * 1024  # for each warp: weights that wait for their turn
 _WINDOW_BYTES = 10 * 1024  # for each warp: weights on their way, behind which small reads wait
 _SHARED_WINDOW_BYTES = 96 * 1024  # the same of a ring that all warps share
-_NEAR_BYTES = (
-    30 * 1024
-)  # for each warp: weights that wait in the second cache where its ring is full
+_NEAR_BYTES = 30 * 1024  # for each warp: weights that wait in the second cache behind a full ring
 
 
 class _Header(ctypes.Structure):
