@@ -30,7 +30,7 @@ CASES: list[tuple[str, int, str, dict[str, Any]]] = [
     ("qwen3", 1, "sample", {**NOOP, "chunk_cache": 3}),
     ("llama", 2, "threshold", {"gate_block": 4, "never_skip": (5,), "gate_inputs": "residual", **NOOP}),
     ("qwen3", 1, "threshold", {"gate_block": 2}),
-    ("llama", 2, "sample", {"gate_block": 3, "gate_residual_width": 72, "gate_hidden": 80, "paw_rank": 80,
+    ("llama", 2, "sample", {"gate_block": 3, "gate_residual_width": 71, "gate_hidden": 80, "paw_rank": 80,
                             "gate_preview_width": 70, "paw_horizon": 9}),
     ("qwen3", 1, "threshold", {"paw_window": "fixed", "paw_compression": "mean", "gate_inputs": "preview"}),
 ]  # fmt: skip

@@ -121,29 +121,6 @@ __device__ __forceinline__ void load_entries(const num* keys, const num* values,
   }
 }
 
-// One round and all that follow: a lane gives one half of its 2·LEFT values and takes its own half from the lane across.
-// Unrolled by its type, for values in an array that is counted through lie in memory.
-template <int LEFT>
-__device__ __forceinline__ void fold_scores(float (&value)[32 / SCORE_LANES]) {
-  if constexpr (LEFT > 0) {
-    const bool upper = threadIdx.x % WARP & LEFT * SCORE_LANES;
-#pragma unroll
-    for (int i = 0; i < LEFT; ++i) {
-      const float low = value[i], high = value[i + LEFT];
-      value[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, LEFT * SCORE_LANES);
-    }
-    fold_scores<LEFT / 2>(value);
-  }
-}
-
-// Sums over the warp of many values at once: lane i gets that of value i / SCORE_LANES.
-__device__ __forceinline__ float sum_scores(float (&value)[32 / SCORE_LANES]) {
-  fold_scores<16 / SCORE_LANES>(value);
-#pragma unroll
-  for (int d = SCORE_LANES / 2; d; d /= 2) value[0] += __shfl_xor_sync(0xffffffffu, value[0], d);
-  return value[0];
-}
-
 // `count` of the entries into the running softmax, at least one.
 __device__ __forceinline__ void mix_entries(const Entries& e, int count, float scale,
                                             const float q[QUERY_GROUP][LANE_DIMS], Softmax& s) {
@@ -155,7 +132,7 @@ __device__ __forceinline__ void mix_entries(const Entries& e, int count, float s
 #pragma unroll
       for (int i = 0; i < LANE_DIMS; ++i) dot[g * KEYS_AT_ONCE + j] = fmaf(q[g][i], e.key[j][i], dot[g * KEYS_AT_ONCE + j]);
   const int mine = threadIdx.x % WARP / SCORE_LANES % KEYS_AT_ONCE;
-  const float sum = sum_scores(dot), score = mine < count ? sum * scale : MINUS_INFINITY;
+  const float sum = sum_together(dot), score = mine < count ? sum * scale : MINUS_INFINITY;
   float top = fmaxf(s.top, score);
 #pragma unroll
   for (int d = SCORE_LANES; d < HEAD_LANES; d *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));

@@ -131,7 +131,7 @@ __device__ __forceinline__ void mix_chunks(const ChunkRead& c, int h, int b, int
     for (int i = 0; i < LANE_NUMS; ++i) sum[i] = fmaf(prob, v[i], sum[i]);
   }
   float* part = &fixed.sums[0][0];  // [WARP_ROWS, WARPS]
-  const float mine = sum_rows(sum);
+  const float mine = sum_together(sum);
   if (lane % ROW_LANES == 0) part[lane / ROW_LANES * WARPS + warp] = mine;
   __syncthreads();
   if (threadIdx.x >= LANE_NUMS) return;

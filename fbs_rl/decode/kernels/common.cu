@@ -271,6 +271,31 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
+// One round and all that follow: a lane gives one half of its 2·LEFT values and takes its own half from the lane across.
+// Unrolled by its type, for values in an array that is counted through lie in memory.
+template <int LEFT, int COUNT>
+__device__ __forceinline__ void fold(float (&value)[COUNT]) {
+  if constexpr (LEFT > 0) {
+    const int across = LEFT * (WARP / COUNT);
+    const bool upper = threadIdx.x & across;
+#pragma unroll
+    for (int i = 0; i < LEFT; ++i) {
+      const float low = value[i], high = value[i + LEFT];
+      value[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, across);
+    }
+    fold<LEFT / 2>(value);
+  }
+}
+
+// Sums over the warp of COUNT values at once: a lane gets that of value lane / (WARP / COUNT).
+template <int COUNT>
+__device__ __forceinline__ float sum_together(float (&value)[COUNT]) {
+  fold<COUNT / 2>(value);
+#pragma unroll
+  for (int d = WARP / COUNT / 2; d; d /= 2) value[0] += __shfl_xor_sync(0xffffffffu, value[0], d);
+  return value[0];
+}
+
 // Sum over the block, the same in every thread. scratch: one float a warp, free to use again afterwards.
 __device__ __forceinline__ float block_sum(float v, float* scratch) {
   v = warp_sum(v);
@@ -335,12 +360,6 @@ __device__ __forceinline__ bool any_runs(const int* skip_B) {
 #pragma unroll
   for (int b = 0; b < ROWS; ++b) runs |= !__ldcg(skip_B + b);
   return runs;
-}
-
-// Flags have changed.
-__device__ __forceinline__ void forget(Team& team) {
-  team.known_B = nullptr;
-  team.known = true;  // null flags: nobody may skip
 }
 
 // The same, read once for the calls of a layer.

@@ -83,26 +83,6 @@ __device__ __forceinline__ void add_slice(const Slice& s, const float x[2], floa
 
 #define ROW_LANES (WARP / WARP_ROWS)  // that hold the same sum
 
-// Sums over the warp of all rows at once: a lane gets that of row lane / ROW_LANES. In each round a lane gives one half of
-// what it has left and takes its own half from the lane across.
-__device__ __forceinline__ float sum_rows(float acc[WARP_ROWS]) {
-  const int lane = threadIdx.x % WARP;
-#pragma unroll
-  for (int d = 16; d >= ROW_LANES; d /= 2) {
-    const int left = d / ROW_LANES;
-    const bool upper = lane & d;
-#pragma unroll
-    for (int i = 0; i < WARP_ROWS / 2; ++i) {
-      if (i >= left) continue;
-      const float given = upper ? acc[i] : acc[i + left];
-      acc[i] = (upper ? acc[i + left] : acc[i]) + __shfl_xor_sync(0xffffffffu, given, d);
-    }
-  }
-#pragma unroll
-  for (int d = ROW_LANES / 2; d; d /= 2) acc[0] += __shfl_xor_sync(0xffffffffu, acc[0], d);
-  return acc[0];
-}
-
 // A gate's weights in memory, and what a decision works on in shared memory. Features are [RMSNorm(W_1 x̂); δ; cos;
 // W_2 ṽ; H₁]: those behind the first reduce_width are known before the front product is done.
 struct GateRoom {
@@ -164,14 +144,14 @@ __device__ __forceinline__ void weigh_preview(const Decision& d, const GateRoom&
         if (c < d.pooled_width) widen_pair(__ldcg((const pair*)(d.pooled_B + b * d.pooled_width + c)), x);
         add_slice(s, x, acc);
       }
-      const float sum = sum_rows(acc);
+      const float sum = sum_together(acc);
       const int j = row + lane / ROW_LANES;
       if (lane % ROW_LANES == 0 && j < d.preview_width) feature[at + j] = rounded(sum);
     }
   }
 }
 
-// Two numbers of a lane of what the front product made for the gate; 0 behind them. The width is even.
+// Two numbers of a lane of what the front product made for the gate; 0 behind them, as the front's rows are filled up.
 __device__ __forceinline__ void read_front(const Decision& d, const GateRoom& g, int b, int column, float out[2]) {
   out[0] = out[1] = 0.f;
   if (column >= d.reduce_width) return;
@@ -183,7 +163,7 @@ __device__ __forceinline__ void read_front(const Decision& d, const GateRoom& g,
 __device__ __forceinline__ void stage_front(const Decision& d, const GateRoom& g) {
   ROLLED for (int i = threadIdx.x; i < ROWS * g.reduce_span; i += THREADS) {
     const int b = i / g.reduce_span, k = i % g.reduce_span;
-    if (k < d.reduce_width) g.front[i] = __ldcg(d.front + b * d.front_stride + d.reduce_at + k);
+    g.front[i] = k < d.reduce_width ? __ldcg(d.front + b * d.front_stride + d.reduce_at + k) : (num)0;
   }
   __syncthreads();
 }
@@ -312,7 +292,7 @@ __device__ __forceinline__ void find_logits(const Decision& d, const GateRoom& g
         h.bias = widen(g.hidden_bias[row + lane / ROW_LANES]);
         h.out = widen(g.out[row + lane / ROW_LANES]);
       }
-      logit += quick_silu(sum_rows(acc) + h.bias) * h.out;
+      logit += quick_silu(sum_together(acc) + h.bias) * h.out;
     }
 #pragma unroll
     for (int k = ROW_LANES; k < WARP; k *= 2) logit += __shfl_xor_sync(0xffffffffu, logit, k);

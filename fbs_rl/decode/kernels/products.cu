@@ -272,8 +272,8 @@ __device__ __forceinline__ void output_stage(const Product& p, int output, const
 #define KEPT_ROWS (1024 / ROWS / 16 * 16)  // of a block, whose sums are kept at a time where each warp leaves one
 
 // The sums of the block's rows [first, end), whose weights come next.
-__device__ __forceinline__ void sum_rows(const Product& p, int first, int end, int bare, Stream& s, num* x, int apart,
-                                              float* sums) {
+__device__ __forceinline__ void multiply_share(const Product& p, int first, int end, int bare, Stream& s, num* x, int apart,
+                                               float* sums) {
 #if TENSOR
   ROLLED for (int part = 0; part < p.weights.parts; ++part) {
     if (part) {
@@ -325,7 +325,7 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
   ROLLED for (int from = first, to; from < end; from = to) {
     to = min(from + at_once, end);
     if (TENSOR && from != first) __syncthreads();
-    sum_rows(p, from, to, bare - from, s, x, apart, sums);
+    multiply_share(p, from, to, bare - from, s, x, apart, sums);
     if (to == end) close_product(s);
     output_stage(p, output, sums, from, to - from, from != first, early, fixed);
   }
