@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 run: $(STAMP)            ## the quickstart: SmolLM2-135M learns where it may skip, measured
 	$(PY) -m fbs_rl.quickstart
 test: $(STAMP)           ## the CPU test suite, JOBS files at a time
-	$(PY) -m pytest -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 check: $(STAMP)          ## lint, format, types, import contracts
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

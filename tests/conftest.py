@@ -23,6 +23,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start engines and clusters go first: they take longest, and short ones fill up the end."""
+    starts = {"there", "ray_cluster"}
+    long = {item.path for item in items if starts & set(getattr(item, "fixturenames", ()))}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(params=FORMATS, ids=["float32", "bfloat16"])
 def number_format(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param

@@ -83,12 +83,15 @@ def test_the_best_of_more_logits_than_a_block_keeps_sums_of(crowd: Bench) -> Non
     assert torch.equal(out.float().gather(1, found.unsqueeze(1))[:, 0], out.float().amax(-1))
 
 
-def test_a_group_that_reads_both_inputs(crowd: Bench) -> None:
+@pytest.mark.parametrize("queries", [[], [35]])
+def test_a_group_that_reads_both_inputs(crowd: Bench, queries: list[int]) -> None:
     """Keys and values end, and the front begins, within a group of eight; a group of three matrices, too."""
     rows = crowd.shape.rows
-    key, value, front = crowd.normal(30, 48), crowd.normal(6, 48), crowd.normal(45, 48)
-    x, norm, out = crowd.normal(rows, 48), crowd.normal(48), crowd.blank(rows, 81)
-    crowd.product("product_entry", [key, value, front], input=x, norm=norm, out=out, out_stride=81)
+    weights, front = [crowd.normal(count, 48) for count in [*queries, 30, 6]], crowd.normal(45, 48)
+    weighted = sum(len(weight) for weight in weights)
+    x, norm, out = crowd.normal(rows, 48), crowd.normal(48), crowd.blank(rows, weighted + 45)
+    name = "product_qkv_front" if queries else "product_entry"
+    crowd.product(name, [*weights, front], input=x, norm=norm, out=out, out_stride=weighted + 45)
     wide = normed(x) * norm.double()
-    assert_close(out[:, :36], wide @ torch.cat((key, value)).double().T, crowd.dtype)
-    assert_close(out[:, 36:], normed(x) @ front.double().T, crowd.dtype)
+    assert_close(out[:, :weighted], wide @ torch.cat(weights).double().T, crowd.dtype)
+    assert_close(out[:, weighted:], normed(x) @ front.double().T, crowd.dtype)

@@ -96,6 +96,28 @@ def test_decisions_and_logits_are_those_of_the_parallel_pass(
     assert torch.equal(found.token_BT[:, :STEPS], fed)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("place", PLACES)
+def test_guesses_that_hold_and_guesses_that_fail(place: str, rows: int) -> None:
+    """A layer is taken to do what it did at the token before, and goes its way in another order by that. Of two rows
+    both must, so these are the same."""
+    model = lively("llama", paw_layers=(0,), chunk=False)
+    prompt, fed = (
+        tokens(1, length, seed).repeat(rows, 1) for length, seed in ((PROMPT, 1), (STEPS, 2))
+    )
+    gates = {"gate_seed": torch.full((rows,), 5)}
+    wanted = refereed(model, prompt, fed, "sample", gates)
+    decoder = decoder_of(model, place, rows, "sample")
+    found, logits = forced(decoder, prompt, fed, gates)
+    guessed = [c.name == "product_qkv_front" for c in decoder.program.calls].count(True)
+    all_LT = found.skip_LBT[-guessed:].all(1)
+    before_LT = torch.cat((torch.zeros(guessed, 1, dtype=torch.bool), all_LT[:, :-1]), 1)
+    assert len(set(zip(before_LT.flatten().tolist(), all_LT.flatten().tolist(), strict=True))) == 4
+    assert wanted.skip is not None and wanted.logits is not None
+    assert torch.equal(found.skip_LBT, wanted.skip[:, :, PROMPT:])
+    torch.testing.assert_close(logits, wanted.logits[:, PROMPT:], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_greedy_tokens_and_chunks_are_those_of_the_cached_pass(place: str) -> None:
     """And a decoder that is used again forgets what it decoded before."""

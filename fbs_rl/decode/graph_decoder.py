@@ -266,9 +266,10 @@ class GraphDecoder:
         if gate_seed is not None:
             seed_B = as_row_vector(gate_seed, self.rows, torch.int64, device)
             gates.seed_B2.copy_(seed_B.view(torch.int32).view(-1, 2))  # low word first
-        for tensor in (gates.skip_LB, gates.prob_TLB, gates.skip_TLB):
+        for tensor in (gates.skip_LB, gates.guess_LB, gates.prob_TLB, gates.skip_TLB):
             tensor.zero_()
-        gates.stay_LB.fill_(1)
+        for tensor in (gates.stay_LB, gates.doubt_LB):
+            tensor.fill_(1)
         if writer.chunks is not None:
             _copy_chunks(cache, writer.chunks)
 

@@ -54,7 +54,7 @@ class Call:
     room_bytes: shared memory that it works in. quiet: nobody waits for it, because every block makes all of it by
     itself, or because what it leaves is read behind another call that all wait for; with quiet_flags, only where all
     rows skip, or, by quiet_where, where one runs. void_flags, void_where: flags of who skips, or of which chunks close,
-    and when there is nothing to do. sets_flags: whether the call behind it is void shows only afterwards. held: tensors
+    and when there is nothing to do; also_flags, also_where: a second reason. sets: flags that it writes. held: tensors
     that its arguments point into.
     """
 
@@ -67,7 +67,9 @@ class Call:
     quiet_where: Void = Void.NOBODY_RUNS
     void_flags: Tensor | None = None
     void_where: Void = Void.NOBODY_RUNS
-    sets_flags: bool = False
+    also_flags: Tensor | None = None
+    also_where: Void = Void.NOBODY_RUNS
+    sets: tuple[Tensor, ...] = ()
 
     @property
     def kind(self) -> Kind:

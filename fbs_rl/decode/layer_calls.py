@@ -6,9 +6,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from fbs_rl.decode.attention_calls import write_guessed_attention, write_mix
 from fbs_rl.decode.front_rows import FrontRows
 from fbs_rl.decode.kernel_arguments import Void
-from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.module_calls import (
     asks_with_entry,
     skip_path,
@@ -23,8 +23,6 @@ from fbs_rl.decode.module_calls import (
 from fbs_rl.decode.step_writer import StepWriter
 from fbs_rl.model.layer import FBSLayer
 from fbs_rl.types import KVPolicy
-
-_ATTENTION_PARTS = 16  # MOST_PARTS of kernels/attention.cu
 
 
 def write_step(writer: StepWriter) -> None:
@@ -49,8 +47,8 @@ def _write_modules(writer: StepWriter, layer: FBSLayer) -> None:
     """Everything that FBS does before the layer, up to h̃."""
     front, index = writer.fronts.get(layer.index), layer.index
     if asks_with_entry(writer, layer):
-        _write_entry(writer, layer)
-    elif front is not None:
+        return  # it does nothing else
+    if front is not None:
         _write_front(writer, layer, front)
     if layer.paw is not None:
         write_look(writer, layer)
@@ -85,7 +83,10 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
     injected = buffers.injected_Bd if adds else state
     if skip_B is not None and layer.skip_gate is None:
         _write_skip_end(writer, layer, skip_B)
-    _write_attention(writer, layer, injected, skip_B)
+    if asks_with_entry(writer, layer):
+        write_guessed_attention(writer, layer)
+    else:
+        _write_attention(writer, layer, injected, skip_B)
     attention, mlp = layer.self_attn, cast(Any, layer.mlp)
     writer.product(
         "product_attention_out", [attention.o_proj.weight], buffers.attended_BX, buffers.middle_Bd,
@@ -100,8 +101,6 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
         residual_Bd=buffers.middle_Bd, path=skip_path(writer, layer), skip_B=skip_B,
     )  # fmt: skip
     last.void_flags = skip_B
-    if asks_with_entry(writer, layer):
-        _write_left_entry(writer, layer, skip_B)
 
 
 def _write_skip_end(writer: StepWriter, layer: FBSLayer, skip_B: Tensor) -> None:
@@ -112,43 +111,18 @@ def _write_skip_end(writer: StepWriter, layer: FBSLayer, skip_B: Tensor) -> None
     call.quiet = writer.model.config.kv_on_skip == KVPolicy.PROJECT
 
 
-def _write_entry(writer: StepWriter, layer: FBSLayer) -> None:
-    """Keys and values, and what the gate asks, of the same state: the queries wait for the decision."""
-    attention, buffers, front = layer.self_attn, writer.layers, writer.fronts[layer.index]
-    queries, bias = attention.q_proj.out_features, buffers.qkv_bias.get(layer.index)
-    writer.product(
-        "product_entry", [attention.k_proj.weight, attention.v_proj.weight, front.weight_Fd],
-        writer.entering(layer.index), buffers.side_BX[layer.index % 2][:, queries:],
-        norm=layer.input_layernorm.weight, bias_N=None if bias is None else bias[queries:],
-    )  # fmt: skip
-
-
 def _write_attention(
     writer: StepWriter, layer: FBSLayer, injected: Tensor, skip_B: Tensor | None
 ) -> None:
     projects = writer.model.config.kv_on_skip == KVPolicy.PROJECT
-    early = asks_with_entry(writer, layer)
-    void = skip_B if early or not projects else None
-    if early:
-        _write_queries(writer, layer, skip_B)
-    else:
-        _write_qkv(writer, layer, injected, skip_B)
+    void = None if projects else skip_B
+    _write_qkv(writer, layer, injected, skip_B)
     writer.calls[-1].void_flags = void
-    told = _attention_arguments(writer, layer, skip_B)
-    mixed = writer.call("attention", _attention_bytes(writer.shape), **told)
+    mixed = write_mix(writer, layer, skip_B)
     if void is None and skip_B is not None:
         # All that is left where all rows skip is the token's entry, which this step does not read.
         mixed.quiet_flags = skip_B
     mixed.void_flags = void
-
-
-def _write_queries(writer: StepWriter, layer: FBSLayer, skip_B: Tensor | None) -> None:
-    """Of the input that product_entry left in the room."""
-    query, buffers = layer.self_attn.q_proj, writer.layers
-    writer.product(
-        "product_query", [query.weight], None, buffers.qkv(layer.index),
-        skip_B=skip_B, bias_N=buffers.qkv_bias.get(layer.index),
-    )  # fmt: skip
 
 
 def _write_qkv(
@@ -164,42 +138,6 @@ def _write_qkv(
     )  # fmt: skip
 
 
-def _write_left_entry(writer: StepWriter, layer: FBSLayer, skip_B: Tensor | None) -> None:
-    """The token's entry where attention is passed over. It waits for nobody, and nobody for it."""
-    told = _attention_arguments(writer, layer, skip_B)
-    call = writer.call("leave_entry", _attention_bytes(writer.shape), **told)
-    call.void_flags, call.void_where, call.quiet = skip_B, Void.SOME_ROW_RUNS, True
-
-
-def _attention_arguments(
-    writer: StepWriter, layer: FBSLayer, skip_B: Tensor | None
-) -> dict[str, Any]:
-    buffers, attention, config = writer.layers, layer.self_attn, writer.model.config
-    keys, lengths, qkv = buffers.keys[layer.index], buffers.length_LBG, buffers.qkv(layer.index)
-    heads, capacity = keys.shape[1:3]
-    return {
-        "qkv": qkv, "qkv_stride": qkv.stride(0), "keys": keys, "values": buffers.values[layer.index],
-        "cos": buffers.cos_SD, "sin": buffers.sin_SD, "query_norm": _head_norm(attention, "q_norm"),
-        "key_norm": _head_norm(attention, "k_norm"), "position_B": writer.tokens.position_B,
-        "length_BG": None if lengths is None else lengths[layer.index], "skip_B": skip_B,
-        "part_sums": buffers.part_sums, "part_state": buffers.part_state, "arrived": buffers.arrived,
-        "out": buffers.attended_BX, "key_heads": heads, "splits": buffers.splits, "capacity": capacity,
-        "leaves_entry": int(config.kv_on_skip == KVPolicy.PROJECT), "scale": attention.scaling,
-        "eps": config.rms_norm_eps,
-    }  # fmt: skip
-
-
-def _attention_bytes(shape: KernelShape) -> int:
-    """Of AttentionShared in kernels/attention.cu."""
-    heads = shape.query_group * shape.head_dim
-    floats = 9 * heads + 6 * shape.head_dim + (3 * _ATTENTION_PARTS + 2) * shape.query_group
-    return 4 * (floats + 1)
-
-
-def _head_norm(attention: Any, name: str) -> Tensor | None:
-    return getattr(attention, name).weight if hasattr(attention, name) else None
-
-
 def _write_logits(writer: StepWriter) -> None:
     tokens, model = writer.tokens, writer.model
     norm: Any = model.model.norm
@@ -210,15 +148,25 @@ def _write_logits(writer: StepWriter) -> None:
 
 
 def write_advance(writer: StepWriter, picks: bool) -> None:
-    """The step's last call: the token that is fed next, the position, the trace.
+    """The step's last call: the token that is fed next, the position, the trace, and what the next token is taken to
+    skip.
 
     picks: the best token; else what is in token_B by then.
     """
-    tokens = writer.tokens
+    tokens, gates = writer.tokens, writer.gates
+    guesses: dict[str, Any] = {}
+    if writer.free:
+        guesses = {
+            "skip_LB": gates.skip_LB,
+            "guess_LB": gates.guess_LB,
+            "doubt_LB": gates.doubt_LB,
+            "layers": len(gates.skip_LB),
+        }
     writer.call(
         "advance", 8 * writer.shape.rows, best=tokens.best, best_index=tokens.best_index,
         offers=len(tokens.best) if picks else 0,
         forced_steps=tokens.forced_steps, forced=tokens.forced_TB, token_B=tokens.token_B,
         vocabulary=tokens.logits_BV.shape[1],
         position_B=tokens.position_B, step=tokens.step, trace_steps=len(tokens.token_TB), token_trace=tokens.token_TB,
+        **guesses,
     )  # fmt: skip

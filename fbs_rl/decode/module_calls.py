@@ -101,8 +101,11 @@ def _read_by_nobody(writer: StepWriter, layer: FBSLayer) -> Tensor | None:
     )
 
 
-def write_decision(writer: StepWriter, layer: FBSLayer) -> None:
-    """Who skips the block that begins here; nothing where no gate acts or no member may skip."""
+def write_decision(writer: StepWriter, layer: FBSLayer, behind: bool = False) -> None:
+    """Who skips the block that begins here; nothing where no gate acts or no member may skip.
+
+    behind: other calls have awaited the front already.
+    """
     config, gates, buffers = writer.model.config, writer.gates, writer.layers
     index, gate = layer.index, layer.skip_gate
     end = min(index + config.gate_block, config.layer_count)
@@ -133,24 +136,26 @@ def write_decision(writer: StepWriter, layer: FBSLayer) -> None:
     if later is not None:
         reads |= {"later": later.weight_N, "later_bytes": later.weight_N.nbytes}
     front, weights = buffers.front(index), writer.gate_rows[index].weight_N
-    held = writer.held_bytes(config.hidden_size) if asks_with_entry(writer, layer) else 0
+    asks = asks_with_entry(writer, layer)
+    held = writer.held_bytes(config.hidden_size) if asks and not behind else 0
     call = writer.call(
         "decide", held + gate_bytes(writer, layer), front=front, front_stride=front.stride(0), weights=weights,
         hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
         sampled=int(writer.sampled), consensus=int(writer.together), tau_B=gates.tau_B, seed_B2=gates.seed_B2,
         position_B=writer.tokens.position_B, leader=index, members=end - index, free_mask=mask,
         skip_LB=gates.skip_LB, stay_LB=gates.stay_LB, layers=config.layer_count, step=writer.tokens.step,
-        trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, held_bytes=held, **reads,
+        trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, held_bytes=held,
+        behind=int(behind), **reads,
     )  # fmt: skip
-    call.quiet = call.sets_flags = True
-    if index in writer.free and (held or config.kv_on_skip == KVPolicy.NOOP):
+    call.quiet, call.sets = True, (gates.skip_LB[index], gates.stay_LB[index])
+    if index in writer.free and (asks or config.kv_on_skip == KVPolicy.NOOP):
         # Where all rows skip, nothing follows that others would wait for.
         call.quiet_flags, call.quiet_where = writer.skip_B(index), Void.SOME_ROW_RUNS
 
 
 def asks_with_entry(writer: StepWriter, layer: FBSLayer) -> bool:
     """Whether keys and values are made with the front, before the gate decides: they are needed either way, and the
-    same, where nothing is injected."""
+    same, where nothing is injected. Then queries and attention need not wait for the decision either."""
     plain = layer.paw is None and layer.chunk_reader is None
     asks = (
         layer.skip_gate is not None and layer.index in writer.free and layer.index in writer.fronts

@@ -34,11 +34,15 @@ class _Header(ctypes.Structure):
         ("void_where", ctypes.c_int),
         ("past_call", ctypes.c_int),
         ("past_product", ctypes.c_int),
+        ("also_where", ctypes.c_int),
+        ("also_call", ctypes.c_int),
+        ("also_product", ctypes.c_int),
         ("next_where", ctypes.c_int),
         ("next_call", ctypes.c_int),
         ("next_product", ctypes.c_int),
         ("quiet_B", ctypes.c_void_p),
         ("void_B", ctypes.c_void_p),
+        ("also_B", ctypes.c_void_p),
         ("next_B", ctypes.c_void_p),
     )
 
@@ -114,16 +118,23 @@ def _records(calls: Sequence[Call]) -> list[bytes]:
 
 def _record(calls: Sequence[Call], number: int, products: Sequence[int]) -> bytes:
     """One call as the device reads it. products: of every place, the first product from there on."""
-    call, past = calls[number], _past(calls, number)
+    call = calls[number]
+    past, also = _past(calls, number, _why(call)), _past(calls, number, _why_also(call))
     header = _Header(
         kernel=call.kind.number, quiet=_quiet(call), product=products[number], void_where=int(call.void_where),
-        past_call=past, past_product=products[past], quiet_B=_address(call.quiet_flags),
-        void_B=_address(call.void_flags),
+        past_call=past, past_product=products[past], also_where=int(call.also_where), also_call=also,
+        also_product=products[also], quiet_B=_address(call.quiet_flags), void_B=_address(call.void_flags),
+        also_B=_address(call.also_flags),
     )  # fmt: skip
     behind = calls[number + 1] if number + 1 < len(calls) else None
     # Of a chunk's end to know costs as much as the call.
-    if behind and not call.sets_flags and behind.void_where is not Void.NO_CHUNK_CLOSES:
-        past = _past(calls, number + 1)
+    set_here = {flags.data_ptr() for flags in call.sets}
+    if (
+        behind
+        and behind.void_where is not Void.NO_CHUNK_CLOSES
+        and _address(behind.void_flags) not in set_here
+    ):
+        past = _past(calls, number + 1, _why(behind))
         header.next_where, header.next_call = int(behind.void_where), past
         header.next_product, header.next_B = products[past], _address(behind.void_flags)
     head, arguments = bytes(header), bytes(call.arguments)
@@ -131,13 +142,22 @@ def _record(calls: Sequence[Call], number: int, products: Sequence[int]) -> byte
     return head.ljust(-(-len(head) // 16) * 16, b"\0") + arguments.ljust(_ARGUMENT_BYTES, b"\0")
 
 
-def _past(calls: Sequence[Call], number: int) -> int:
-    """The first call behind that is not void for the same reason."""
-    call = calls[number]
+_Reason = tuple[int | None, Void]
+"""Address of flags, and what they have to say."""
+
+
+def _why(call: Call) -> _Reason:
+    return _address(call.void_flags), call.void_where
+
+
+def _why_also(call: Call) -> _Reason:
+    return _address(call.also_flags), call.also_where
+
+
+def _past(calls: Sequence[Call], number: int, reason: _Reason) -> int:
+    """The first call behind that is not void for that reason."""
     for place in range(number + 1, len(calls)):
-        other = calls[place]
-        same = _address(other.void_flags) == _address(call.void_flags)
-        if not same or other.void_where != call.void_where:
+        if reason not in (_why(calls[place]), _why_also(calls[place])):
             return place
     return len(calls)
 

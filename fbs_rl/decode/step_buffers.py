@@ -164,10 +164,14 @@ def _attention_splits(heads: int, tokens: int, multiprocessors: int) -> int:
 @dataclass(slots=True)
 class GateBuffers:
     """Decisions of the step and of the steps before it: of layers that share one, at the first of them. stay_LB: 1
-    where a row does not skip. seed_B2: low and high word of each row's seed."""
+    where a row does not skip. guess_LB: 1 in all rows of a layer that all of them skipped at the token before;
+    doubt_LB: the other way round. unwanted_B: ones. seed_B2: low and high word of each row's seed."""
 
     skip_LB: Tensor
     stay_LB: Tensor
+    guess_LB: Tensor
+    doubt_LB: Tensor
+    unwanted_B: Tensor
     motion_B2: Tensor
     tau_B: Tensor
     seed_B2: Tensor
@@ -180,6 +184,9 @@ class GateBuffers:
         return cls(
             room.integers(layers, rows),
             room.integers(layers, rows),
+            room.integers(layers, rows),
+            room.integers(layers, rows),
+            room.integers(rows).fill_(1),
             room.floats(rows, 2),
             room.floats(rows),
             room.integers(rows, 2),

@@ -112,6 +112,8 @@ struct Team {
   bool pending;  // it has arrived and not yet awaited the others
   const int* known_B;  // flags that were read last, and whether some row runs
   bool known;
+  const int* other_B;  // the ones before
+  bool other;
 };
 
 #ifdef EMULATED
@@ -362,13 +364,20 @@ __device__ __forceinline__ bool any_runs(const int* skip_B) {
   return runs;
 }
 
+// What flags say, for later calls.
+__device__ __forceinline__ void know(Team& team, const int* skip_B, bool runs) {
+  team.other_B = team.known_B;
+  team.other = team.known;
+  team.known_B = skip_B;
+  team.known = runs;
+}
+
 // The same, read once for the calls of a layer.
 __device__ __forceinline__ bool layer_runs(const int* skip_B, Team& team) {
   if (!skip_B) return true;
-  if (skip_B != team.known_B) {
-    team.known_B = skip_B;
-    team.known = any_runs(skip_B);
-  }
+  if (skip_B == team.known_B) return team.known;
+  if (skip_B == team.other_B) return team.other;
+  know(team, skip_B, any_runs(skip_B));
   return team.known;
 }
 

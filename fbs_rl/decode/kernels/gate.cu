@@ -10,7 +10,8 @@ struct Decision {
   int pooled_width;
   const num* pooled_B;
   const float* entropy_B;
-  int fresh;  // the call in front made these two
+  int fresh;   // the call in front made these two
+  int behind;  // 1: the front product was awaited by an earlier call
   int hidden_width;
   const num* weights;  // of the gate, as fbs_rl.decode.gate_rows lays them out
   const num* later;  // of the next gate
@@ -242,7 +243,7 @@ __device__ __forceinline__ void load_held(const GateRoom& g, int row, Held& h) {
 }
 
 // w·SiLU(W_3 g) of every row, each warp's share of it into g.logit. Each warp norms W_1 x̂ for itself, so that none waits
-// for another. Here the front product is awaited.
+// for another. Here the front product is awaited, if it was not before.
 __device__ __forceinline__ void find_logits(const Decision& d, const GateRoom& g, Held& h, Team& team, Fixed& fixed) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const bool once = g.hidden_span == PANEL && g.known_span == PANEL && g.reduce_span <= PANEL;
@@ -262,7 +263,7 @@ __device__ __forceinline__ void find_logits(const Decision& d, const GateRoom& g
         add_slice(h.known, x, acc);
       }
       if (b == 0 && row < PANEL) {
-        if (!d.fresh) {
+        if (!d.fresh && !d.behind) {
           await(team);
           if (ROWS == 1) read_front(d, g, 0, 2 * lane, seen);
         }
@@ -344,7 +345,7 @@ __device__ __forceinline__ void decide(const Decision& d, Team& team, Fixed& fix
   const float prob = find_probability(d, g, out_bias);
   const bool skip = wants_skip(d, prob, bar);
   note_decision(d, prob, skip, step);
-  team.known_B = d.skip_LB + d.leader * ROWS;
-  team.known = __any_sync(0xffffffffu, !skip);
+  const int* skip_B = d.skip_LB + d.leader * ROWS;
+  know(team, skip_B, __any_sync(0xffffffffu, !skip));
   if (d.next_Bd && !team.known) pass_by(d, g, first, end, state);
 }

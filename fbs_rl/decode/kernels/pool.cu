@@ -22,6 +22,18 @@ struct PoolRoom {
   num* taps;      // [16, 3, R]
 };
 
+__device__ __forceinline__ int pool_batches(const Pool& p) { return (p.horizons + BATCH - 1) / BATCH; }
+
+__device__ __forceinline__ PoolRoom lay_out(const Pool& p, unsigned char* room) {
+  const int batches = pool_batches(p);
+  PoolRoom m;
+  m.seen = (float*)room;
+  m.part = m.seen + (batches * BATCH + 2) * p.rank;
+  m.weight = m.part + batches * p.rank;
+  m.taps = (num*)(m.weight + batches * BATCH);
+  return m;
+}
+
 // Output r of some neighbouring horizons by the grouped convolution, SiLU and weights included, summed. seen: of the
 // output's group, one horizon in front of them; weight: from the first on.
 __device__ __forceinline__ float convolve(const Pool& p, const num* taps, float bias, const float* seen, const float* weight) {
@@ -45,9 +57,10 @@ __device__ __forceinline__ float convolve(const Pool& p, const num* taps, float 
   return total;
 }
 
-// Σ_h value_h / Σ_h α_h of one row.
-__device__ APART void pool_row(const Pool& p, int b, const PoolRoom& m) {
-  const int batches = (p.horizons + BATCH - 1) / BATCH, before = p.rank, count = p.horizons * p.rank;
+// Σ_h value_h / Σ_h α_h of one row. It lays the room out for itself: addresses handed to a function lie in memory.
+__device__ APART void pool_row(const Pool& p, int b, unsigned char* room) {
+  const PoolRoom m = lay_out(p, room);
+  const int batches = pool_batches(p), before = p.rank, count = p.horizons * p.rank;
   const float4 zeros = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 2
   for (int k = threadIdx.x * 4; k < (batches * BATCH + 2) * p.rank; k += THREADS * 4)
@@ -77,18 +90,13 @@ __device__ APART void pool_row(const Pool& p, int b, const PoolRoom& m) {
 }
 
 __device__ __forceinline__ void pool(const Pool& p, Team& team, unsigned char* room) {
-  const int batches = (p.horizons + BATCH - 1) / BATCH;
-  PoolRoom m;
-  m.seen = (float*)room;
-  m.part = m.seen + (batches * BATCH + 2) * p.rank;
-  m.weight = m.part + batches * p.rank;
-  m.taps = (num*)(m.weight + batches * BATCH);
+  const PoolRoom m = lay_out(p, room);
   if (p.mix)
     ROLLED for (int k = threadIdx.x; k < CONV_GROUP * SEEN * p.rank / LANE_NUMS; k += THREADS)
       copy_aside((uint4*)m.taps + k, (const uint4*)p.mix + k);
   await(team);
   ROLLED for (int b = ROWS == 1 ? 0 : blockIdx.x; b < ROWS; b += ROWS == 1 ? 1 : gridDim.x) {
-    pool_row(p, b, m);
+    pool_row(p, b, room);
     __syncthreads();
   }
   await_copies();

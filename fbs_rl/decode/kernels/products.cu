@@ -60,8 +60,8 @@ struct Product {
 };
 
 // NORMED: weight * round(x / rms), as the backbone norms; PRENORMED: round(weight * x / rms), as nn.RMSNorm;
-// UNIT: without weight; MEAN: sum / size. BOTH: NORMED, and UNIT for the rows of the third matrix. HELD: what the product
-// in front left in the room.
+// UNIT: without weight; MEAN: sum / size. BOTH: NORMED, and UNIT for the rows of the last matrix. HELD: what the product in front left
+// in the room, for a call that is void where nobody runs.
 enum Input { PLAIN, NORMED, UNIT, PRENORMED, MEAN, BOTH, HELD };
 // STORE: W·x + b. AFFINE: b + s·W·x. RESIDUAL: r + W·x. LAYER_END: that, or the skip path. GATED: silu(W_1·x)·W_2·x.
 // INJECT: r + s·W·x, or r where the row skips. LOGITS: with the best of each block. RING: into the ring of closed chunks.
@@ -303,7 +303,7 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
   await_copies();
   await(team);
   if (first == end && input != BOTH) return;  // those leave their input to the product behind as well
-  const bool runs = layer_runs(w.skip_B, team);
+  const bool runs = input == HELD || layer_runs(w.skip_B, team);
   if (idle(w, end, runs)) {
     pass(s, number, number + 1);
     if (output == INJECT)
@@ -320,7 +320,7 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
     early = terms_of(p, output, threadIdx.x % ROWS, first + threadIdx.x / ROWS);
   if (input != HELD) stage(p, input, x, apart, norm, fixed.scratch);
   if (first == end) return;
-  const int bare = input == BOTH ? w.rows[0] + w.rows[1] : 0x7fffffff;
+  const int bare = input == BOTH ? row_count(w) - (w.rows[3] ? w.rows[3] : w.rows[2]) : 0x7fffffff;
   const int at_once = TENSOR && w.parts == 1 ? KEPT_ROWS : end - first;
   ROLLED for (int from = first, to; from < end; from = to) {
     to = min(from + at_once, end);

@@ -9,11 +9,15 @@ struct Call {
   int void_where;    // 0: nobody of void_B runs; 1: no row closes a chunk in void_B; 2: somebody of void_B runs
   int past_call;     // where it goes on if the call is void,
   int past_product;  // and the first product from there on
+  int also_where;    // the same for a second reason
+  int also_call;
+  int also_product;
   int next_where;    // the same of the next call, whose flags are known before this one is done
   int next_call;
   int next_product;
   const int* quiet_B;
   const int* void_B; // null: the call is never void
+  const int* also_B; // null: for no second reason
   const int* next_B; // null: or not known yet
   __align__(16) unsigned char arguments[ARGUMENT_BYTES];
 };
@@ -48,7 +52,8 @@ struct Program {
   PRODUCT(26, product_summary, MEAN, STORE)          \
   PRODUCT(27, product_ring, PLAIN, RING)             \
   PRODUCT(28, product_entry, BOTH, STORE)            \
-  PRODUCT(29, product_query, HELD, STORE)
+  PRODUCT(29, product_query, HELD, STORE)            \
+  PRODUCT(30, product_qkv_front, BOTH, STORE)
 
 struct Block {
   Team team;
@@ -72,7 +77,7 @@ __device__ __forceinline__ Block open_block(const Program& p, unsigned char* sha
   Front& front = *(Front*)shared;
   const int ring = threadIdx.x / WARP % RINGS;
   Block b;
-  b.team = {p.arrived, __ldcg(p.epochs + blockIdx.x), false, nullptr, true};
+  b.team = {p.arrived, __ldcg(p.epochs + blockIdx.x), false, nullptr, true, nullptr, true};
   b.fixed = &front.fixed;
   b.room = shared + FRONT_BYTES + RINGS * p.ring_bytes;
   b.stream = {shared + FRONT_BYTES + ring * p.ring_bytes, (u32)p.ring_bytes, front.arrivals + ring * MOST_PIECES,
@@ -88,12 +93,18 @@ __device__ __forceinline__ void lay_out(Front& front) {
   show_barriers();
 }
 
-__device__ __forceinline__ bool is_void(const Call& c, Team& team) {
-  if (!c.void_B) return false;
-  if (c.void_where != 1) return layer_runs(c.void_B, team) == (c.void_where == 2);
+// Whether flags say that there is nothing to do; where as in Call::void_where.
+__device__ __forceinline__ bool excuses(const int* flags_B, int where, Team& team) {
+  if (!flags_B) return false;
+  if (where != 1) return layer_runs(flags_B, team) == (where == 2);
   ROLLED for (int b = 0; b < ROWS; ++b)
-    if (__ldcg(c.void_B + b) >= 0) return false;
+    if (__ldcg(flags_B + b) >= 0) return false;
   return true;
+}
+
+// Whether a call is void, and for which of its reasons: 0, it is not.
+__device__ __forceinline__ int why_void(const Call& c, Team& team) {
+  return excuses(c.void_B, c.void_where, team) ? 1 : excuses(c.also_B, c.also_where, team) ? 2 : 0;
 }
 
 __device__ __forceinline__ bool is_quiet(const Call& c, Team& team) {
@@ -104,12 +115,12 @@ __device__ __forceinline__ bool is_quiet(const Call& c, Team& team) {
 
 // Where it goes on behind a call, or, where that is void, behind all that are void for the same reason. Their weights
 // are not wanted.
-__device__ __forceinline__ int next_of(const Call& c, int at, bool nothing, int end_product, Block& b) {
-  const bool passes = !nothing && c.next_B && layer_runs(c.next_B, b.team) == (c.next_where == 2);
-  if (!nothing && !passes) return at + 1;
-  pass(b.stream, c.product + (!nothing && c.kernel >= FIRST_PRODUCT),
-       min(nothing ? c.past_product : c.next_product, end_product));
-  return nothing ? c.past_call : c.next_call;
+__device__ __forceinline__ int next_of(const Call& c, int at, int reason, int end_product, Block& b) {
+  const bool passes = !reason && c.next_B && layer_runs(c.next_B, b.team) == (c.next_where == 2);
+  if (!reason && !passes) return at + 1;
+  pass(b.stream, c.product + (!reason && c.kernel >= FIRST_PRODUCT),
+       min(!reason ? c.next_product : reason == 1 ? c.past_product : c.also_product, end_product));
+  return !reason ? c.next_call : reason == 1 ? c.past_call : c.also_call;
 }
 
 // Calls that have nothing to do before they await the others: embed, advance, move, shortlist, boundary, chunk_*.
@@ -155,12 +166,12 @@ __device__ __forceinline__ void work(const Program& p, unsigned char* shared) {
   int place = 0;
   ROLLED for (int at = p.first, next; at < p.end; at = next) {
     const Call& c = held[place];
-    const bool nothing = is_void(c, b.team);
-    next = next_of(c, at, nothing, p.end_product, b);
+    const int reason = why_void(c, b.team);
+    next = next_of(c, at, reason, p.end_product, b);
     place ^= 1;
     const bool more = next < p.end;
     if (more && threadIdx.x >= THREADS - WARP) copy_call(p.calls + next, held + place);
-    if (nothing) {
+    if (reason) {
       __syncthreads();
     } else {
       make_call(c, b);

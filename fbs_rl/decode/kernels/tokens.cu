@@ -30,6 +30,10 @@ struct Advance {
   int* step;
   int trace_steps;
   int* token_trace;  // [trace_steps, ROWS]
+  const int* skip_LB;  // null: no gate acts
+  int* guess_LB;       // 1 where all rows skipped: what the next token is taken to do
+  int* doubt_LB;       // the other way round
+  int layers;
 };
 
 __device__ APART void advance(const Advance& a, Fixed& fixed, unsigned char* room) {
@@ -54,6 +58,10 @@ __device__ APART void advance(const Advance& a, Fixed& fixed, unsigned char* roo
     if (step < a.trace_steps) a.token_trace[step * ROWS + b] = token;
     a.token_B[b] = token;
     a.position_B[b] = __ldcg(a.position_B + b) + 1;
+  }
+  ROLLED for (int i = threadIdx.x; a.skip_LB && i < a.layers * ROWS; i += THREADS) {
+    a.guess_LB[i] = !any_runs(a.skip_LB + i / ROWS * ROWS);
+    a.doubt_LB[i] = !a.guess_LB[i];
   }
   if (threadIdx.x == 0) *a.step = step + 1;
 }

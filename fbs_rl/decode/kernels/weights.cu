@@ -9,8 +9,8 @@
 
 // What a block needs to know to ask for a product's weights.
 struct Weights {
-  const num* matrix[3];  // output rows come from up to three matrices, one behind the other
-  int rows[3];
+  const num* matrix[4];  // output rows come from up to four matrices, one behind the other
+  int rows[4];
   int columns;
   int blocks;  // that share the output rows
   int parts;   // of the columns, of whose inputs a block has one at a time; 1: all at once
@@ -23,14 +23,18 @@ struct Weights {
   const int* slot_B;  // place of the chunk that a row closes, -1: it closes none; null: not asked
 };
 
-__device__ __forceinline__ int row_count(const Weights& w) { return w.rows[0] + w.rows[1] + w.rows[2]; }
+__device__ __forceinline__ int row_count(const Weights& w) {
+  return w.rows[0] + w.rows[1] + w.rows[2] + w.rows[3];
+}
 
 // An output row's weights.
 __device__ __forceinline__ const num* weight_row(const Weights& w, int row) {
   if (row < w.rows[0]) return w.matrix[0] + (long long)row * w.columns;
   row -= w.rows[0];
   if (row < w.rows[1]) return w.matrix[1] + (long long)row * w.columns;
-  return w.matrix[2] + (long long)(row - w.rows[1]) * w.columns;
+  row -= w.rows[1];
+  if (row < w.rows[2]) return w.matrix[2] + (long long)row * w.columns;
+  return w.matrix[3] + (long long)(row - w.rows[2]) * w.columns;
 }
 
 // The output rows that this block has, [first, end).

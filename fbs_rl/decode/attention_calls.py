@@ -1,0 +1,112 @@
+"""The kernel calls of attention: of any layer, and in the order that a guess of who skips gives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fbs_rl.decode.kernel_arguments import Call, Void
+from fbs_rl.decode.kernel_source import KernelShape
+from fbs_rl.decode.module_calls import write_decision
+from fbs_rl.decode.step_writer import StepWriter
+from fbs_rl.model.layer import FBSLayer
+from fbs_rl.types import KVPolicy
+
+_ATTENTION_PARTS = 16  # MOST_PARTS of kernels/attention.cu
+
+
+def write_guessed_attention(writer: StepWriter, layer: FBSLayer) -> None:
+    """Decision and attention of a layer whose entry is the same whoever skips.
+
+    If the layer ran at the token before, attention comes first, and each block decides while it waits for the others;
+    else the decision does, with no more than keys and values before it. A wrong guess costs time alone.
+    """
+    guess_B = writer.gates.guess_LB[layer.index]
+    first = len(writer.calls)
+    _write_all(writer, layer)
+    write_mix(writer, layer, None)
+    write_decision(writer, layer, behind=True)
+    for call in writer.calls[first:]:
+        call.void_flags = guess_B
+    first = len(writer.calls)
+    _write_entry(writer, layer)
+    write_decision(writer, layer)
+    _write_late(writer, layer)
+    for call in writer.calls[first:]:
+        call.void_flags, call.void_where = guess_B, Void.SOME_ROW_RUNS
+
+
+def _write_all(writer: StepWriter, layer: FBSLayer) -> None:
+    """Queries, keys, values, and what the gate asks."""
+    attention, buffers, front = layer.self_attn, writer.layers, writer.fronts[layer.index]
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    writer.product(
+        "product_qkv_front", [*(part.weight for part in parts), front.weight_Fd], writer.entering(layer.index),
+        buffers.side_BX[layer.index % 2], norm=layer.input_layernorm.weight,
+        bias_N=buffers.qkv_bias.get(layer.index), skip_B=writer.gates.guess_LB[layer.index],
+    )  # fmt: skip
+
+
+def _write_entry(writer: StepWriter, layer: FBSLayer) -> None:
+    """Keys and values, and what the gate asks: the queries wait for the decision."""
+    attention, buffers, front = layer.self_attn, writer.layers, writer.fronts[layer.index]
+    queries, bias = attention.q_proj.out_features, buffers.qkv_bias.get(layer.index)
+    writer.product(
+        "product_entry", [attention.k_proj.weight, attention.v_proj.weight, front.weight_Fd],
+        writer.entering(layer.index), buffers.side_BX[layer.index % 2][:, queries:],
+        norm=layer.input_layernorm.weight,
+        bias_N=None if bias is None else bias[queries:], skip_B=writer.gates.doubt_LB[layer.index],
+    )  # fmt: skip
+
+
+def _write_late(writer: StepWriter, layer: FBSLayer) -> None:
+    """Behind the decision: queries of the input that product_entry left in the room, and attention; or the token's
+    entry alone, which waits for nobody, and nobody for it."""
+    query, buffers, skip_B = layer.self_attn.q_proj, writer.layers, writer.skip_B(layer.index)
+    first = len(writer.calls)
+    writer.product(
+        "product_query", [query.weight], None, buffers.qkv(layer.index), bias_N=buffers.qkv_bias.get(layer.index),
+        skip_B=writer.gates.unwanted_B,
+    )  # fmt: skip
+    write_mix(writer, layer, skip_B)
+    for call in writer.calls[first:]:
+        call.also_flags = skip_B
+    told = _attention_arguments(writer, layer, skip_B)
+    left = writer.call("leave_entry", _attention_bytes(writer.shape), **told)
+    left.also_flags, left.also_where, left.quiet = skip_B, Void.SOME_ROW_RUNS, True
+
+
+def write_mix(writer: StepWriter, layer: FBSLayer, skip_B: Tensor | None) -> Call:
+    """Attention to the cache, of rows that do not skip."""
+    told = _attention_arguments(writer, layer, skip_B)
+    return writer.call("attention", _attention_bytes(writer.shape), **told)
+
+
+def _attention_arguments(
+    writer: StepWriter, layer: FBSLayer, skip_B: Tensor | None
+) -> dict[str, Any]:
+    buffers, attention, config = writer.layers, layer.self_attn, writer.model.config
+    keys, lengths, qkv = buffers.keys[layer.index], buffers.length_LBG, buffers.qkv(layer.index)
+    heads, capacity = keys.shape[1:3]
+    return {
+        "qkv": qkv, "qkv_stride": qkv.stride(0), "keys": keys, "values": buffers.values[layer.index],
+        "cos": buffers.cos_SD, "sin": buffers.sin_SD, "query_norm": _head_norm(attention, "q_norm"),
+        "key_norm": _head_norm(attention, "k_norm"), "position_B": writer.tokens.position_B,
+        "length_BG": None if lengths is None else lengths[layer.index], "skip_B": skip_B,
+        "part_sums": buffers.part_sums, "part_state": buffers.part_state, "arrived": buffers.arrived,
+        "out": buffers.attended_BX, "key_heads": heads, "splits": buffers.splits, "capacity": capacity,
+        "leaves_entry": int(config.kv_on_skip == KVPolicy.PROJECT), "scale": attention.scaling,
+        "eps": config.rms_norm_eps,
+    }  # fmt: skip
+
+
+def _attention_bytes(shape: KernelShape) -> int:
+    """Of AttentionShared in kernels/attention.cu."""
+    heads = shape.query_group * shape.head_dim
+    floats = 9 * heads + 6 * shape.head_dim + (3 * _ATTENTION_PARTS + 2) * shape.query_group
+    return 4 * (floats + 1)
+
+
+def _head_norm(attention: Any, name: str) -> Tensor | None:
+    return getattr(attention, name).weight if hasattr(attention, name) else None
