@@ -31,6 +31,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "fitted": ("model.preset=default", "phases.gate_start=fitted"),
     "dense-rows": ("model.preset=default", "phases.dense_rows_frac=0.33"),
     "hardened": ("model.preset=default", "phases.harden_frac=0.25"),
+    "previews-4": ("model.preset=default", "model.options.paw_layers=every:4"),
+    "block-2": ("model.preset=default", "model.options.gate_block=2"),
+    "block-4": ("model.preset=default", "model.options.gate_block=4"),
     "undistilled": ("model.preset=default", "model.options.loss_distill=0.0"),
     "frozen-teacher": (
         "model.preset=default",

@@ -178,6 +178,7 @@ def test_backbone_weights_are_copied_exactly(family: str, options: Any, tmp_path
         preset = FBSConfig.preset(options) if isinstance(options, str) else options or FBSConfig()
         assert made.config.kv_on_skip == preset.kv_on_skip
         assert made.config.paw_rank == preset.paw_rank
+        assert made.config.paw_layers == preset.paw_layers
 
 
 @pytest.mark.parametrize("given", ["folder", "object"])
@@ -359,15 +360,19 @@ def test_real_steps_decide_as_the_parallel_pass(real: Real, lang: str) -> None:
     with torch.no_grad():
         prob = real.model(ids, gates="dense").gate_prob[:, 0, prompt:]
     free = [i for i in range(len(prob)) if i not in real.model.config.protected_layers]
-    # In the widest gap of the middle fifth, so that few decisions are close.
+    # In a wide gap of the middle fifth, so that few decisions are close; skips move what comes after them, so
+    # of the three widest the one that leaves the most room once gates act.
     middle = (
         prob[free].flatten().sort().values[2 * prob[free].numel() // 5 :][: prob[free].numel() // 5]
     )
-    place = middle.diff().argmax()
-    gates = {"gates": "threshold", "tau": middle[place : place + 2].mean().item()}
-    with torch.no_grad():
-        wanted = real.model(ids, decode_start=prompt, **gates)
-        margin = (wanted.gate_prob[free][:, :, prompt:] - gates["tau"]).abs().min()
+    tried = []
+    for place in middle.diff().topk(3).indices:
+        gates = {"gates": "threshold", "tau": middle[place : place + 2].mean().item()}
+        with torch.no_grad():
+            wanted = real.model(ids, decode_start=prompt, **gates)
+        room = (wanted.gate_prob[free][:, :, prompt:] - gates["tau"]).abs().min().item()
+        tried.append((room, gates, wanted))
+    margin, gates, wanted = max(tried, key=lambda one: one[0])
     found = stepwise(real.model, ids, torch.ones_like(ids), prompt, **gates)
     assert 0.05 < wanted.skip[:, :, prompt:].float().mean() < 0.95
     assert margin > 1e-5  # no decision hangs on the last bits

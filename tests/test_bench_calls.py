@@ -12,7 +12,8 @@ from fbs_rl.model_geometry import GEOMETRIES
 from tests.decode_launchers import PLACES, make_launcher
 
 WORDS = ["--geometry", "tiny", "--dtype", "float32", "--skip", "0.5", "--prompt-tokens", "5", "--steps", "2",
-         "--set", "paw_rank=32", "paw_vocab_size=50", "paw_shortlist=8", "chunk_cache=6"]  # fmt: skip
+         "--set", "paw_layers=every:4", "paw_rank=32", "paw_vocab_size=50", "paw_shortlist=8",
+         "chunk_cache=6"]  # fmt: skip
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -24,7 +24,13 @@ from fbs_rl.types import GateMode
 from tests.decode_launchers import PLACES, make_launcher
 from tests.tiny import VOCAB, backbone, fresh, lively
 
-SMALL = ["paw_rank=32", "paw_vocab_size=50", "paw_shortlist=8", "chunk_cache=6"]
+SMALL = [
+    "paw_layers=every:4",
+    "paw_rank=32",
+    "paw_vocab_size=50",
+    "paw_shortlist=8",
+    "chunk_cache=6",
+]
 
 
 def words(what: str, *more: str) -> list[str]:

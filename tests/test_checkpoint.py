@@ -149,7 +149,7 @@ def test_buffers_survive(saved: tuple[Any, str, Path]) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_bfloat16_folders(family: str, tmp_path: Path) -> None:
     backbone(family).save_pretrained(tmp_path / "plain")
-    options = FBSConfig(**SMALL, **OPTIONS)
+    options = FBSConfig(**{**SMALL, **OPTIONS})
     narrow, original = (
         FBSForCausalLM.from_backbone(str(tmp_path / "plain"), options, dtype=torch.bfloat16)
         for _ in range(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ def test_presets() -> None:
     default, paper = FBSConfig.preset("default"), FBSConfig.preset("paper")
     assert default.to_dict() == FBSConfig().to_dict()
     changed = {k for k in OPTION_NAMES if getattr(default, k) != getattr(paper, k)}
-    assert changed == {"kv_on_skip", "skip_path", "loss_distill"}
+    assert changed == {"kv_on_skip", "skip_path", "paw_layers", "loss_distill"}
     assert (paper.kv_on_skip, paper.skip_path, paper.loss_distill) == ("noop", "identity", 0.0)
+    assert (default.paw_layers, paper.paw_layers) == ("every:12", "every:4")
     assert FBSConfig.preset("paper", kv_on_skip="project", tau=0.5).kv_on_skip == "project"
     with pytest.raises(ValueError, match="no preset 'fast'; there are default, paper"):
         FBSConfig.preset("fast")
@@ -72,6 +74,19 @@ def test_every_option_survives_a_folder(tmp_path: Path) -> None:
         assert {k: v for k, v in theirs.items() if k not in lost} == {
             k: v for k, v in mine.items() if k not in lost
         }
+
+
+def test_a_folder_says_every_option_whatever_the_defaults_are(tmp_path: Path) -> None:
+    """So a default that changes later changes no model that was saved before."""
+    config = FBSConfig().bound_to(backbone().config)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written.keys() >= OPTION_NAMES
+    assert {k: written[k] for k in OPTION_NAMES} == {k: config.to_dict()[k] for k in OPTION_NAMES}
+    written["paw_layers"] = "every:4"  # as a folder has it that was made with another default
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert FBSConfig.from_pretrained(tmp_path).preview_layers == (0, 4)
+    assert config.preview_layers == (0,)
 
 
 def test_binding_takes_the_backbones_fields_and_keeps_the_options() -> None:

@@ -26,6 +26,8 @@ QWEN3_4B: dict[str, Any] = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 40960,
 }
+SPEC_PREVIEWS = "every:4"
+"""Layers that look ahead where the specification gives figures (its decision 2)."""
 # (hidden size, feed-forward width, layers, query heads) of the other Qwen3 sizes of SPEC 6.2
 OTHER_QWEN3 = {"1.7B": (2048, 6144, 28, 16), "0.6B": (1024, 3072, 28, 16)}
 
@@ -49,7 +51,7 @@ def overhead_frac(config: FBSConfig, visible_chunks: int, close_every: int) -> f
 
 
 def test_qwen3_4b_figures_of_the_specification() -> None:
-    config = qwen3_config()
+    config = qwen3_config(paw_layers=SPEC_PREVIEWS)
     cost = CostModel.of(config)
     assert cost.head.macs == 151936 * 2560
     assert 36 * cost.layer_macs(0) + cost.head.macs == 4_022_272_000
@@ -60,11 +62,21 @@ def test_qwen3_4b_figures_of_the_specification() -> None:
     assert overhead_frac(config, 100, 3) == pytest.approx(0.006918, abs=1e-6)
 
 
+def test_the_default_has_six_previews_less_at_4b() -> None:
+    """B x̂, A_h, scores and means over 64 candidates, convolution, window; and W_up of the injection."""
+    look = 2560 * 128 + 15 * 128 * 128 + 2 * 15 * 64 * 128 + 15 * 3 * 16 * 128 + 2560 * 64 + 64
+    found, of_spec = qwen3_config(), qwen3_config(paw_layers=SPEC_PREVIEWS)
+    assert (len(found.preview_layers), len(of_spec.preview_layers)) == (3, 9)
+    less = overhead_frac(of_spec, 100, 3) - overhead_frac(found, 100, 3)
+    assert less == pytest.approx(6 * (look + 128 * 2560) / 4_022_272_000, rel=1e-9)
+
+
 @pytest.mark.parametrize(("size", "percent"), [("1.7B", 1.19), ("0.6B", 2.38)])
 def test_smaller_qwen3_figures_of_the_specification(size: str, percent: float) -> None:
     hidden, ff, layers, heads = OTHER_QWEN3[size]
     config = qwen3_config(
-        hidden_size=hidden, intermediate_size=ff, num_hidden_layers=layers, num_attention_heads=heads
+        hidden_size=hidden, intermediate_size=ff, num_hidden_layers=layers, num_attention_heads=heads,
+        paw_layers=SPEC_PREVIEWS,
     )  # fmt: skip
     assert 100 * overhead_frac(config, 100, 3) == pytest.approx(percent, rel=0.05)
 

@@ -25,6 +25,7 @@ from fbs_rl.checkpoint import (
     tensors_digest,
 )
 from fbs_rl.model import FBSConfig, FBSForCausalLM
+from fbs_rl.model.configuration import OPTION_NAMES
 from tests.tiny import LAYERS, SMALL, VOCAB, backbone, enliven, fresh, left_padded
 
 IDS, MASK = left_padded(1, [22, 15])
@@ -98,6 +99,7 @@ def test_a_gates_folder_holds_nothing_of_the_backbone(name: str, tmp_path: Path)
     assert set(kept) == set(model.state_dict()) - set(plain.state_dict())
     assert {n for n, _ in backbone_tensors(model)} == set(plain.state_dict())
     description = json.loads((folder / "gates.json").read_text())
+    assert description["options"].keys() == OPTION_NAMES  # those at their defaults too
     assert description["parameters"] == sum(t.numel() for t in kept.values())
     assert description["backbone"]["layers"] == LAYERS
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fbs_rl.study_start import stage1_settings
 from tests.tiny_training import make_backbone, make_shards, settings_tree
 
 
@@ -50,6 +51,23 @@ def test_the_frontier_measures_every_arm_on_the_same_tokens(root: Path) -> None:
     for row in rows:
         assert row["ppl"] > 1 and 0 <= row["skip"] <= 0.75
         assert row["skip"] == 0 or row["variant"] != "dense"
+
+
+@pytest.mark.parametrize(
+    ("arm", "option", "value"),
+    [
+        ("default", "paw_layers", "every:12"),
+        ("previews-4", "paw_layers", "every:4"),
+        ("paper", "paw_layers", "every:4"),
+        ("default", "gate_block", 1),
+        ("block-2", "gate_block", 2),
+        ("block-4", "gate_block", 4),
+    ],
+)
+def test_an_arm_has_the_option_that_it_is_about(arm: str, option: str, value: str | int) -> None:
+    """Beside what the shared settings say, here the strength of the gates' target."""
+    made = stage1_settings("nowhere", "smollm2-135m", arm, "default", []).model.fbs_config()
+    assert getattr(made, option) == value and made.loss_gate == 20.0
 
 
 def test_bench_train_reports_each_variant(root: Path) -> None:

@@ -17,6 +17,7 @@ from fbs_rl.types import FBSOutput
 
 LAYERS, HIDDEN, VOCAB, CONTEXT = 8, 48, 97, 128
 SMALL: dict[str, Any] = {
+    "paw_layers": "every:4",  # two of eight layers: the second uses the shortlist of the first
     "paw_rank": 32,
     "paw_vocab_size": 50,
     "paw_shortlist": 8,

@@ -20,6 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "kv_on_skip": KVPolicy.NOOP,
         "skip_path": SkipPathKind.IDENTITY,
+        "paw_layers": "every:4",
         "loss_distill": 0.0,
     },
 }
@@ -76,7 +77,7 @@ class FBSConfig(PreTrainedConfig):
 
     # --- PAW, SPEC 2 -----------------------------------------------------------------------------
     paw: bool = True
-    paw_layers: str | Sequence[int] = "every:4"
+    paw_layers: str | Sequence[int] = "every:12"
     """"all", "every:N" (0, N, 2N, ...) or a list of layers."""
     paw_horizon: int = 15
     """K, the largest lookahead in tokens."""
