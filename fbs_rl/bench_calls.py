@@ -23,6 +23,7 @@ import torch
 from fbs_rl.bench_latency import load_models
 from fbs_rl.decode.cuda_launcher import Launcher, check_cuda
 from fbs_rl.decode.graph_decoder import GraphDecoder, RowsDecide
+from fbs_rl.decode.kernel_arguments import Call
 from fbs_rl.latency_engines import Variant, bar_of, hold_gates, logits_of_share
 from fbs_rl.latency_protocol import Clock, copy_bandwidth, describe_device
 from fbs_rl.model.backbone import SMOLLM2
@@ -34,14 +35,15 @@ from fbs_rl.types import GateMode
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CallRow:
-    """Calls of one name in a step. Microseconds: of one of them (median, least, most), and of all together.
+    """Calls of one name. count: made in a step, those that were void left out; mean over steps, as the next two.
 
-    weights_mb: that all of them read where nothing is skipped; 0 for what is no product.
+    Microseconds: of one of them (median, least, most), and of all of a step. weights_mb: of all their matrices; 0 for
+    what is no product.
     """
 
     variant: str
     call: str
-    count: int
+    count: float
     median_us: float
     min_us: float
     max_us: float
@@ -121,26 +123,45 @@ def measure(
         )  # waits, so that steps do not follow closely
     step_ms = statistics.median(clock.milliseconds())
     skipped = float(decoder.trace().skip_LBT.float().mean())
-    return step_ms, skipped, _by_name(decoder, variant.name, np.diff(np.stack(cycles)), step_ms)
+    return step_ms, skipped, _by_name(decoder, variant.name, np.stack(cycles), step_ms)
 
 
 def _by_name(
     decoder: GraphDecoder, variant: str, cycles_TC: np.ndarray, step_ms: float
 ) -> list[CallRow]:
-    """cycles_TC: of each step and call but the first, from the end of the one in front."""
-    us_C = np.median(cycles_TC, 0) * (1e3 * step_ms / np.median(cycles_TC.sum(1)))
+    """cycles_TC: Program.cycles of each step."""
+    us_TC = _lasted(cycles_TC)
+    us_TC *= 1e3 * step_ms / np.median(np.nansum(us_TC, 1))
     bytes_each = 16 // decoder.shape.lane_numbers
-    names: dict[str, list[tuple[float, float]]] = {}
-    for call, us in zip(decoder.writer.calls[1:], us_C.tolist(), strict=True):
-        weights = call.arguments.weights if call.is_product else None
-        numbers = sum(weights.rows) * weights.columns if weights is not None else 0
-        names.setdefault(call.name, []).append((us, numbers * bytes_each / 1e6))
+    columns: dict[str, list[int]] = {}
+    for place, call in enumerate(decoder.writer.calls[1:]):
+        columns.setdefault(call.name, []).append(place)
     rows = []
-    for name, found in names.items():
-        us, megabytes = zip(*found, strict=True)
-        middle = statistics.median(us)
-        rows.append(CallRow(variant, name, len(us), middle, min(us), max(us), sum(us), sum(megabytes)))  # fmt: skip
+    for name, places in columns.items():
+        made_TC = ~np.isnan(us_TC[:, places])
+        if not made_TC.any():
+            continue
+        numbers = np.array([_numbers(decoder.writer.calls[1 + place]) for place in places])
+        # Of each call over the steps that made it.
+        each = np.nanmedian(us_TC[:, places][:, made_TC.any(0)], 0)
+        figures = (
+            made_TC.sum(1).mean(), np.median(each), each.min(), each.max(),
+            np.nansum(us_TC[:, places], 1).mean(), (made_TC @ numbers).mean() * bytes_each / 1e6,
+        )  # fmt: skip
+        rows.append(CallRow(variant, name, *map(float, figures)))
     return sorted(rows, key=lambda row: -row.sum_us)
+
+
+def _lasted(cycles_TC: np.ndarray) -> np.ndarray:
+    """Cycles of each call but the first, from the end of the last one made in front; NaN of void ones."""
+    ended_TC = np.maximum.accumulate(cycles_TC, 1)
+    return np.where(cycles_TC[:, 1:] == 0, np.nan, np.diff(ended_TC).astype(float))
+
+
+def _numbers(call: Call) -> int:
+    """Of a product's matrices."""
+    weights = call.arguments.weights if call.is_product else None
+    return 0 if weights is None else sum(weights.rows) * weights.columns
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -155,12 +176,12 @@ def describe(result: dict[str, Any]) -> str:
             for name, ms in result["step_ms"].items()
         ),
         "",
-        "| variant | call | of a step | median µs | min | max | all, µs | weights, MB |",
+        "| variant | call | made in a step | median µs | min | max | all, µs | weights, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['variant']} | {r['call']} | {r['count']} | {r['median_us']:.2f} | {r['min_us']:.2f} | {r['max_us']:.2f} "
-        f"| {r['sum_us']:.1f} | {r['weights_mb']:.1f} |"
+        f"| {r['variant']} | {r['call']} | {r['count']:g} | {r['median_us']:.2f} | {r['min_us']:.2f} "
+        f"| {r['max_us']:.2f} | {r['sum_us']:.1f} | {r['weights_mb']:.1f} |"
         for r in result["rows"]
     ]
     return "\n".join(lines)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from fbs_rl.bench import main
-from fbs_rl.bench_calls import describe, parse, run
+from fbs_rl.bench_calls import _lasted, describe, parse, run
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.model_geometry import GEOMETRIES
 from tests.decode_launchers import PLACES, make_launcher
@@ -28,14 +29,23 @@ def test_every_call_of_a_step_is_accounted_for(place: str) -> None:
     rows = {(row["variant"], row["call"]): row for row in made["rows"]}
     for variant in ("plain", "gates on, nothing skipped", "50% forced"):
         of = {call: row for (name, call), row in rows.items() if name == variant}
-        assert of["attention"]["count"] == of["product_down"]["count"] == layers
-        megabytes = layers * hidden * int(shape["intermediate_size"]) * 4 / 1e6
+        run_layers = layers * (1 - made["skipped"][variant])
+        assert of["attention"]["count"] >= of["product_down"]["count"] == pytest.approx(run_layers)
+        megabytes = run_layers * hidden * int(shape["intermediate_size"]) * 4 / 1e6
         assert of["product_down"]["weights_mb"] == pytest.approx(megabytes)
         total = sum(row["sum_us"] for row in of.values())
         assert total == pytest.approx(1e3 * made["step_ms"][variant], rel=0.2)
         assert all(row["min_us"] <= row["median_us"] <= row["max_us"] for row in of.values())
     assert ("plain", "decide") not in rows and rows["50% forced", "decide"]["count"] > 1
+    assert ("gates on, nothing skipped", "leave_entry") not in rows  # it was void
     assert "| 50% forced | leave_entry |" in describe(made)
+
+
+def test_what_was_void_counts_for_nothing() -> None:
+    ended_TC = np.array([[100, 130, 0, 0, 150], [1000, 1030, 1040, 0, 1090]], np.int64)
+    lasted_TC = _lasted(ended_TC)
+    wanted = np.array([[30, np.nan, np.nan, 20], [30, 10, np.nan, 50]])
+    np.testing.assert_array_equal(lasted_TC, wanted)
 
 
 def test_without_cuda_it_says_so(

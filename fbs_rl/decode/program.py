@@ -53,7 +53,7 @@ class Program:
     block; ring_bytes: of each.
 
     arrived, epochs: where blocks count whom they have waited for; they go on from launch to launch. cycles: the first
-    block's clock at the end of each call, of the last launch.
+    block's clock at the end of each call of the last launch, 0 where the call was void.
     """
 
     calls: tuple[Call, ...]

@@ -34,7 +34,7 @@ struct Program {
   int near_bytes;     // of a ring's weights that wait in the second cache
   u32* arrived;    // of all blocks, ever
   u32* epochs;     // of each block
-  u64* cycles;     // [calls] the first block's clock when it was through with each; null: not asked
+  u64* cycles;     // [calls] the first block's clock when it was through with each, 0 of void ones; null: not asked
 };
 
 // Number, name, what it reads and what it writes. fbs_rl/decode/kernel_arguments.py reads them, and those of the other
@@ -181,7 +181,8 @@ __device__ __forceinline__ void work(const Program& p, unsigned char* shared) {
       if (more && !quiet) arrive(b.team);
     }
     if (p.cycles && blockIdx.x == 0 && threadIdx.x == 0)
-      ROLLED for (int passed = at; passed < min(next, p.end); ++passed) p.cycles[passed] = clock64();
+      ROLLED for (int passed = at; passed < min(next, p.end); ++passed)
+        p.cycles[passed] = reason || passed > at ? 0 : clock64();
   }
   if (threadIdx.x == 0) {
     p.epochs[blockIdx.x] = b.team.epoch;
