@@ -14,6 +14,7 @@ from tests.served_tiny import make_folder, referee
 from tests.tiny import VOCAB
 
 MASKED = {"fbs": {"decode_path": "masked"}}
+COMPACT = {"fbs": {"native_gib": 0}}
 
 
 def start(folder: Path, **options: Any) -> Any:
@@ -29,9 +30,14 @@ def start(folder: Path, **options: Any) -> Any:
 
 def poison(llm: Any) -> None:
     """Large numbers in every page that nobody wrote: reading one would show."""
-    worker = llm.llm_engine.model_executor.driver_worker.worker
-    for layer in worker.model_runner.get_model().model.layers:
+    for layer in served_model(llm).layers:
         layer.self_attn.attn.kv_cache.fill_(1e4)
+
+
+def served_model(llm: Any) -> Any:
+    """The ServedModel of an engine in this process."""
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    return worker.model_runner.get_model().model
 
 
 def random_prompts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
@@ -98,6 +104,7 @@ def serve_and_compare(
     outputs, traces = generate(llm, prompts, counts, ours)
     return {
         "wrong": differences(model, prompts, outputs, traces, gates),
+        "native": served_model(llm).native is not None,
         "skip": sum(t.skip_TL.sum() for t in traces) / sum(t.skip_TL.size for t in traces),
         "replayed": sum(t.replayed_tokens for t in traces),
         "closes": sum(int(t.closes_T.sum()) for t in traces),

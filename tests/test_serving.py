@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.served_engine import (
+    COMPACT,
     LENGTHS,
     MASKED,
     differences,
@@ -28,7 +29,11 @@ CONSENSUS = {"fbs": {"batch": "consensus"}}
 
 # --- equality -----------------------------------------------------------------------------------------
 
-PATHS = [{}, {"additional_config": MASKED}]
+PATHS: dict[str, dict[str, Any]] = {
+    "native": {},
+    "compact": {"additional_config": COMPACT},
+    "masked": {"additional_config": MASKED},
+}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "project, adapter": {},
     "project, sampled": {"sampled": True},
@@ -43,13 +48,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS, ids=["compact", "masked"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_every_token_and_action_is_the_referees(
-    there: Callable[..., Any], tmp_path: Path, name: str, path: dict[str, Any]
+    there: Callable[..., Any], tmp_path: Path, name: str, path: str
 ) -> None:
-    found = there(serve_and_compare, tmp_path / "model", engine=path, **SCENARIOS[name])
-    assert found["wrong"] == []
+    found = there(serve_and_compare, tmp_path / "model", engine=PATHS[path], **SCENARIOS[name])
+    assert found["wrong"] == [] and found["native"] == (path == "native")
     assert 0.1 < found["skip"] < 0.8
 
 
@@ -63,11 +68,11 @@ def test_prompts_in_pieces_change_nothing(
 
 
 @pytest.mark.parametrize("kv", ["project", "noop"])
-@pytest.mark.parametrize("path", PATHS, ids=["compact", "masked"])
+@pytest.mark.parametrize("path", PATHS)
 def test_preempted_requests_are_replayed(
-    there: Callable[..., Any], tmp_path: Path, kv: str, path: dict[str, Any]
+    there: Callable[..., Any], tmp_path: Path, kv: str, path: str
 ) -> None:
-    engine = {"num_gpu_blocks_override": 10, **path}
+    engine = {"num_gpu_blocks_override": 10, **PATHS[path]}
     asked = {"sampled": True, "tokens": 80, "kv_on_skip": kv}
     found = there(serve_and_compare, tmp_path / "model", engine=engine, **asked)
     assert found["wrong"] == []

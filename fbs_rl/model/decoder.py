@@ -15,6 +15,7 @@ from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.decision import Decider, check_replay
 from fbs_rl.model.kv_cache import FBSCache
 from fbs_rl.model.layer import FBSLayer
+from fbs_rl.model.native_step import native_step
 from fbs_rl.model.preview import Paw, PreviewHead
 from fbs_rl.model.segment_position import SegmentPosition
 from fbs_rl.model.sequence_pass import PassResult, Tokens, run_sequence
@@ -186,11 +187,12 @@ class FBSModel(FBSPreTrainedModel):
                 )
             )
         for t in range(prompt, length):
-            parts.append(
-                run_step(
-                    self, _columns(tokens, t, t + 1), _narrow(decider, t, t + 1), temperature, cache, skipping
-                )
-            )  # fmt: skip
+            token, decides = _columns(tokens, t, t + 1), _narrow(decider, t, t + 1)
+            native = native_step(self, token) if skipping is SkippingRows.DROPPED else None
+            if native is not None:
+                parts.append(native.run(self, token, decides, temperature, cache))
+            else:
+                parts.append(run_step(self, token, decides, temperature, cache, skipping))
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def _positions(

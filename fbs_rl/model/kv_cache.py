@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fbs_rl.model.chunk_head import Segmentation
+from fbs_rl.model.chunk_head import ChunkReader, Segmentation
 from fbs_rl.types import B_LABEL
 
 _GROWTH = 256  # columns added at a time; doubling from there
@@ -32,12 +32,9 @@ class LayerKV:
     def append(self, key_BGTD: Tensor, value_BGTD: Tensor, exists_BT: Tensor | None) -> None:
         """Add T columns; exists_BT marks which rows have an entry there (None: all)."""
         added, start = key_BGTD.shape[2], self.length
-        self._reserve(key_BGTD, start + added)
-        if exists_BT is not None and self.entry_BS is None:
-            self.entry_BS = torch.zeros(
-                key_BGTD.shape[0], self.capacity, dtype=torch.bool, device=key_BGTD.device
-            )
-            self.entry_BS[:, :start] = True
+        self.reserve(key_BGTD, start + added)
+        if exists_BT is not None:
+            self.mark_entries()
         columns = slice(start, start + added)
         assert self.keys_BGSD is not None and self.values_BGSD is not None
         self.keys_BGSD[:, :, columns] = key_BGTD
@@ -58,7 +55,16 @@ class LayerKV:
     def capacity(self) -> int:
         return 0 if self.keys_BGSD is None else self.keys_BGSD.shape[2]
 
-    def _reserve(self, like_BGTD: Tensor, columns: int) -> None:
+    def mark_entries(self) -> None:
+        """From now on say of each entry whether it exists; those so far do."""
+        if self.entry_BS is None:
+            assert self.keys_BGSD is not None
+            shape, device = (len(self.keys_BGSD), self.capacity), self.keys_BGSD.device
+            self.entry_BS = torch.zeros(shape, dtype=torch.bool, device=device)
+            self.entry_BS[:, : self.length] = True
+
+    def reserve(self, like_BGTD: Tensor, columns: int) -> None:
+        """Make room for this many columns of keys and values like these."""
         if columns <= self.capacity:
             return
         capacity = max(columns, 2 * self.capacity, _GROWTH)
@@ -91,6 +97,17 @@ class ReaderChunks:
     key_BCW: Tensor
     value_BCW: Tensor
     open_sum_Bd: Tensor
+
+    @classmethod
+    def empty(cls, reader: ChunkReader, state_Bd: Tensor, poison: bool) -> ReaderChunks:
+        """Before any chunk, for rows of these states."""
+        blank = float("nan") if poison else 0.0
+        shape = (len(state_Bd), reader.cap, reader.key.out_features)
+        return cls(
+            state_Bd.new_full(shape, blank),
+            state_Bd.new_full(shape, blank),
+            torch.zeros_like(state_Bd, dtype=torch.float32),
+        )
 
 
 @dataclass(slots=True)

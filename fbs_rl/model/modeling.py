@@ -19,6 +19,7 @@ from fbs_rl.model.backbone import ModelSource, check_family, load_backbone
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.decoder import NEW_MODULES, FBSModel, FBSPreTrainedModel
 from fbs_rl.model.kv_cache import FBSCache
+from fbs_rl.model.native_step import few_rows
 from fbs_rl.model.objective import Supervision, compute_losses
 from fbs_rl.model.sequence_pass import PassResult
 from fbs_rl.types import (
@@ -165,7 +166,10 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
         )
         hidden = self.model.norm(result.state_BTd)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept, :]) if with_logits else None
+        logits = None
+        if with_logits:
+            head = few_rows if cache is not None and source.shape[1] == 1 else nn.Linear.__call__
+            logits = head(self.lm_head, hidden[:, kept, :])
         report = None
         if labels is not None:
             if cache is not None or input_ids is None:

@@ -57,7 +57,7 @@ class _Kept(Generic[_Made]):
 
 
 @dataclass(slots=True, frozen=True)
-class _Derived:
+class Derived:
     """What the head's parameters and the backbone's embedding determine: E_r twice and the mean map.
 
     A product of one token with a matrix on a CPU reads it two to four times as fast column by column;
@@ -120,7 +120,7 @@ class PreviewHead(nn.Module):
         self.register_buffer("log_prior_N", torch.empty(size))
         self.token_ids_N: Tensor
         self.log_prior_N: Tensor
-        self._derived: _Kept[_Derived] = _Kept()
+        self._derived: _Kept[Derived] = _Kept()
         self._maps: _Kept[Tensor] = _Kept()
 
     def reset_parameters(self) -> None:
@@ -150,26 +150,28 @@ class PreviewHead(nn.Module):
 
     def reduced_embedding(self, embedding_Vd: Tensor) -> Tensor:
         """E_r [N, R]; recomputed with gradients when P trains, kept between calls otherwise."""
-        return self._derive(embedding_Vd).reduced_NR
+        return self.derive(embedding_Vd).reduced_NR
 
     def forget_derived(self) -> None:
         """Drop what is kept. Needed after writes through `.data`, which leave no trace on a tensor."""
         self._derived.forget()
         self._maps.forget()
 
-    def _derive(self, embedding_Vd: Tensor) -> _Derived:
-        def make() -> _Derived:
+    def derive(self, embedding_Vd: Tensor) -> Derived:
+        """E_r and what else follows from the weights, kept between calls."""
+
+        def make() -> Derived:
             # E is detached: the preview losses must not move the backbone's embedding (SPEC 6.4).
             reduced = self.embed_proj(embedding_Vd.detach()[self.token_ids_N])
             mean_map = self.horizon_maps.detach().mean(0)
-            return _Derived(reduced, reduced.detach().t().contiguous(), mean_map)
+            return Derived(reduced, reduced.detach().t().contiguous(), mean_map)
 
         return self._derived.get(
             make, self.embed_proj.weight, embedding_Vd, self.horizon_maps, self.token_ids_N
         )
 
     def _maps_side_by_side(self) -> Tensor:
-        """Every A_h, for q from the left: [R, K·R]. Column by column, as in _Derived."""
+        """Every A_h, for q from the left: [R, K·R]. Column by column, as in Derived."""
         return self.horizon_maps.flatten(0, 1).t().contiguous()
 
     def horizon_queries(self, query_BTR: Tensor) -> Tensor:
@@ -179,7 +181,7 @@ class PreviewHead(nn.Module):
 
     def shortlist(self, query_BTR: Tensor, embedding_Vd: Tensor) -> Shortlist:
         """The M candidates with the highest mean-horizon score plus log-frequency prior."""
-        derived = self._derive(embedding_Vd)
+        derived = self.derive(embedding_Vd)
         tokens = F.linear(query_BTR.detach(), derived.mean_map_RR).flatten(0, 1)
         prior_N = self.log_prior_N.float()
         chunks = [

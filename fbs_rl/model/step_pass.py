@@ -342,13 +342,7 @@ def _ring(layer: FBSLayer, normed: Tensor, cache: FBSCache) -> ReaderChunks:
     reader, chunks = layer.chunk_reader, cache.chunks
     assert reader is not None and chunks is not None
     if layer.index not in chunks.readers:
-        blank = float("nan") if cache.poison else 0.0
-        shape = (normed.shape[0], reader.cap, reader.key.out_features)
-        chunks.readers[layer.index] = ReaderChunks(
-            normed.new_full(shape, blank),
-            normed.new_full(shape, blank),
-            torch.zeros_like(normed[:, 0], dtype=torch.float32),
-        )
+        chunks.readers[layer.index] = ReaderChunks.empty(reader, normed[:, 0], cache.poison)
     return chunks.readers[layer.index]
 
 

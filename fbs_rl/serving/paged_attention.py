@@ -154,7 +154,7 @@ class PagedBatch:
             num_kv_heads=attention.num_kv_heads,
             head_dim=attention.head_size,
             seq_lens=made.seq_lens,
-            dtype=_cache(attention).dtype,
+            dtype=cache_of(attention).dtype,
             query_start_loc=made.query_start_loc,
             causal=True,
             sliding_window_size=-1,
@@ -168,7 +168,7 @@ def write_entries(attention: Any, key_NX: Tensor, value_NX: Tensor, slot_N: Tens
     """Put keys and values [N, G·D] into their slots; a slot of −1 is not written."""
     shape = (len(slot_N), attention.num_kv_heads, attention.head_size)
     attention.impl.do_kv_cache_update(
-        attention, key_NX.view(shape), value_NX.reshape(shape), _cache(attention), slot_N
+        attention, key_NX.view(shape), value_NX.reshape(shape), cache_of(attention), slot_N
     )
 
 
@@ -180,12 +180,13 @@ def attend(attention: Any, query_NX: Tensor, metadata: Any) -> Tensor:
     # Keys and values are in the cache by now; backends take the arguments and do not read them.
     unread = query[:, : attention.num_kv_heads]
     attention.impl.forward(
-        attention, query, unread, unread, _cache(attention), metadata, output=out
+        attention, query, unread, unread, cache_of(attention), metadata, output=out
     )
     return out.view(len(query_NX), -1)
 
 
-def _cache(attention: Any) -> Tensor:
+def cache_of(attention: Any) -> Tensor:
+    """The layer's pages."""
     cache = attention.kv_cache
     return cache[0] if isinstance(cache, list) else cache  # 0.26: one for each pipeline stage
 

@@ -24,12 +24,14 @@ from vllm.model_executor.models.utils import maybe_prefix
 from fbs_rl.gate_bundle import GateBundle, apply_bundle
 from fbs_rl.model.chunk_head import BoundaryHead
 from fbs_rl.model.configuration import FBSConfig
+from fbs_rl.model.native_step import product_of_few_rows
 from fbs_rl.model.preview import Glance, PreviewHead
 from fbs_rl.serving.chunk_rows import ChunkReading, ChunkRows, ChunkStep, FixedChunks, ReaderPass
 from fbs_rl.serving.compact_walk import CompactWalk
 from fbs_rl.serving.decode_graphs import CudaRecorder, DecodeGraphs
 from fbs_rl.serving.graph_branches import ConditionalNodes
 from fbs_rl.serving.masked_walk import Always, Branches, FixedStep, MaskedWalk
+from fbs_rl.serving.native_walk import NativeWalk
 from fbs_rl.serving.paged_attention import PagedBatch
 from fbs_rl.serving.served_layer import Norm, ServedLayer, rms_norm
 from fbs_rl.serving.serving_settings import ServingSettings
@@ -72,6 +74,7 @@ class ServedModel(nn.Module):
         self.entries = np.zeros((config.layer_count, 0), np.int64)  # per layer and request row
         self.plan: StepPlan | None = None  # set by the runner around each real step
         self.report: StepReport | None = None
+        self.native: NativeWalk | None = None  # set once weights are there
         self.branches: Branches = Always()
         self.graphs: DecodeGraphs | None = None
         self.rows_at_once = 0  # for which there is memory from the start
@@ -121,6 +124,10 @@ class ServedModel(nn.Module):
             self._count_entries(plan, self.report)
             return found_Nd
         state_Nd = self.embed_tokens(id_N)
+        if self.native is not None and self.native.takes(plan, batch):
+            found_Nd, self.report = self.native.run(state_Nd, position_N, plan, batch, entry_LR)
+            self._count_entries(plan, self.report)
+            return self.norm(found_Nd)
         if self.settings.masked and batch.decodes and plan.asks:
             step = FixedStep.of(plan, entry_LR, id_N.device)
             walk = MaskedWalk(self, step, batch, position_N, self.branches)
@@ -269,6 +276,11 @@ class FBSForCausalLM(nn.Module):
         return self.model(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        if self.model.native is not None:
+            head: Any = self.lm_head.weight
+            made = product_of_few_rows(head[: self.config.vocab_size], None, hidden_states)
+            if made is not None:
+                return made
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -304,6 +316,7 @@ class FBSForCausalLM(nn.Module):
         if missing:
             raise ValueError(f"the checkpoint lacks {len(missing)} tensors, {missing[0]} first")
         self.model.forget_derived()
+        self.model.native = NativeWalk.of(self.model)
         return filled
 
     @torch.no_grad()

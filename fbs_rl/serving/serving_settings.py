@@ -14,6 +14,8 @@ class ServingSettings:
 
     graphs (CUDA, with "masked"): "none"; "full": decode steps of up to graph_rows rows are CUDA graphs;
     "branches": graphs with an IF node a layer, which is not read where all rows skip it.
+    native_gib: on a CPU decode steps of up to 8 rows are one call of compiled code, which needs the layers'
+    weights as they were loaded beside those that vLLM packs; done where they take no more than this. 0: never.
     batch: "independent" gates, or "consensus": one decision for all rows of a step, by mean probability.
     trace_bytes, trace_s: how much and how long finished traces are kept for somebody to fetch them.
     stats_file: where counters go for /metrics (set by the plugin).
@@ -23,6 +25,7 @@ class ServingSettings:
     graphs: str = "none"
     graph_rows: int = 16
     batch: str = "independent"
+    native_gib: float = 8.0
     trace_bytes: int = 256 << 20
     trace_s: float = 600.0
     stats_file: str = ""
@@ -34,6 +37,8 @@ class ServingSettings:
         for name in ("graph_rows", "trace_bytes", "trace_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"fbs.{name} is {getattr(self, name)}; give more than 0")
+        if not self.native_gib >= 0:
+            raise ValueError(f"fbs.native_gib is {self.native_gib}; give 0 or more")
         if self.graphs != "none" and not self.masked:
             raise ValueError(
                 f"fbs.graphs is {self.graphs!r}, which needs fixed shapes; set fbs.decode_path to masked"

@@ -1,0 +1,128 @@
+// One query a head over a row's cached entries and its own new one.
+#pragma once
+#include "arguments.h"
+#include "numbers.h"
+
+// Sums of eight vectors, side by side.
+static inline f8 sums8(const f8* v) {
+  const u8 even = {0, 8, 2, 10, 4, 12, 6, 14}, odd = {1, 9, 3, 11, 5, 13, 7, 15};
+  f8 a[4], b[2];
+  for (int i = 0; i < 4; i++)
+    a[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+  const u8 low = {0, 1, 8, 9, 4, 5, 12, 13}, high = {2, 3, 10, 11, 6, 7, 14, 15};
+  for (int i = 0; i < 2; i++)
+    b[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], low) + __builtin_shuffle(a[2 * i], a[2 * i + 1], high);
+  const u8 first = {0, 1, 2, 3, 8, 9, 10, 11}, second = {4, 5, 6, 7, 12, 13, 14, 15};
+  return __builtin_shuffle(b[0], b[1], first) + __builtin_shuffle(b[0], b[1], second);
+}
+
+// Scores of `count` entries whose keys lie side by side.
+template <class T>
+static void score_rows(const T* keys, const float* q, float* score, int count, int dim) {
+  int s = 0;
+  if (dim % 8) {
+    for (; s < count; s++) {
+      score[s] = 0.0f;
+      for (int j = 0; j < dim; j++) score[s] += widen(keys[(long)s * dim + j]) * q[j];
+    }
+    return;
+  }
+  for (; s + 8 <= count; s += 8) {
+    f8 acc[8];
+    for (int e = 0; e < 8; e++) acc[e] = all8(0.0f);
+    for (int j = 0; j < dim; j += 8) {
+      const f8 query = load8(q + j);
+      for (int e = 0; e < 8; e++) acc[e] += load8(keys + (long)(s + e) * dim + j) * query;
+    }
+    store8(score + s, sums8(acc));
+  }
+  for (; s < count; s++) {
+    f8 acc = all8(0.0f);
+    for (int j = 0; j < dim; j += 8) acc += load8(keys + (long)s * dim + j) * load8(q + j);
+    score[s] = sum8(acc);
+  }
+}
+
+// The same where a key's numbers lie `page` apart; keys: that of the first entry.
+template <class T>
+static void score_columns(const T* keys, const float* q, float* score, int count, int dim, int page) {
+  int s = 0;
+  for (; s + 8 <= count; s += 8) {
+    f8 sum = all8(0.0f);
+    for (int j = 0; j < dim; j++) sum += load8(keys + (long)j * page + s) * q[j];
+    store8(score + s, sum);
+  }
+  for (; s < count; s++) {
+    float sum = 0.0f;
+    for (int j = 0; j < dim; j++) sum += widen(keys[(long)j * page + s]) * q[j];
+    score[s] = sum;
+  }
+}
+
+template <class T>
+static void weigh_values(const T* values, const float* weight, float* out, int count, int dim) {
+  if (dim % 8) {
+    for (int s = 0; s < count; s++)
+      for (int j = 0; j < dim; j++) out[j] += widen(values[(long)s * dim + j]) * weight[s];
+    return;
+  }
+  for (int j = 0; j < dim; j += 16) {
+    f8 a = load8(out + j), b = j + 8 < dim ? load8(out + j + 8) : a;
+    if (j + 8 < dim) {
+      for (int s = 0; s < count; s++) {
+        a += load8(values + (long)s * dim + j) * weight[s];
+        b += load8(values + (long)s * dim + j + 8) * weight[s];
+      }
+      store8(out + j + 8, b);
+    } else {
+      for (int s = 0; s < count; s++) a += load8(values + (long)s * dim + j) * weight[s];
+    }
+    store8(out + j, a);
+  }
+}
+
+// Where a row's entries lie: runs of neighbours.
+template <class T>
+struct Entries {
+  const T *keys, *values;
+  const unsigned char* exists;
+  const int* pages;
+  long long block_stride, head_offset;
+  int page, columns, count, dim;
+
+  template <class Do>
+  void each_run(Do&& run) const {
+    if (!pages) return run(keys, values, 0, count);
+    for (int first = 0; first < count; first += page) {
+      const long long at = pages[first / page] * block_stride + head_offset;
+      run(keys + at, values + at, first, count - first < page ? count - first : page);
+    }
+  }
+};
+
+// One head's mixture of values, rounded; score: room for all entries and one more.
+template <class T>
+static void attend(
+    const Entries<T>& in, const float* query, const float* own_key, const float* own_value, float scale, float* score,
+    float* out) {
+  const int dim = in.dim, count = in.count;
+  in.each_run([&](const T* keys, const T*, int first, int run) {
+    if (in.columns)
+      score_columns(keys, query, score + first, run, dim, in.page);
+    else
+      score_rows(keys, query, score + first, run, dim);
+  });
+  float own = 0.0f;
+  for (int j = 0; j < dim; j++) own += own_key[j] * query[j];
+  score[count] = own;
+  for (int s = 0; s <= count; s++) score[s] *= scale;
+  if (in.exists)
+    for (int s = 0; s < count; s++)
+      if (!in.exists[s]) score[s] = -INFINITY;
+  softmax(score, count + 1);
+  for (int j = 0; j < dim; j++) out[j] = own_value[j] * score[count];
+  in.each_run([&](const T*, const T* values, int first, int run) {
+    weigh_values(values, score + first, out, run, dim);
+  });
+  for (int j = 0; j < dim; j++) out[j] = rounded<T>(out[j]);
+}

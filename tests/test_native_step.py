@@ -1,0 +1,202 @@
+"""The compiled step against torch's operations: the same decisions, the same numbers but for rounding."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fbs_rl.model import FBSCache
+from fbs_rl.model.native import library
+from fbs_rl.model.native_step import few_rows, native_step
+from fbs_rl.model.sequence_pass import Tokens
+from fbs_rl.types import FBSOutput
+from tests.tiny import NOOP, VOCAB, fresh, left_padded, lively
+
+START, LENGTH = 9, 26
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    NOOP,
+    {"gate_block": 2},
+    {"chunk": False},
+    {"paw": False, "gate_inputs": "residual"},
+    {"gate_inputs": "preview", "paw_layers": "all"},
+    {"paw_window": "fixed", "kv_on_skip": "noop"},
+    {"paw_inclusion": "hard", "paw_compression": "mean", "chunk_cache": 2},
+]
+GATES: dict[str, dict[str, Any]] = {
+    "dense": {"gates": "dense"},
+    "threshold": {"gates": "threshold", "tau": 0.5},
+    "sample": {"gates": "sample"},
+}
+
+
+@contextmanager
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patched:
+        patched.setenv(library.SWITCH, "0")
+        library.native_library.cache_clear()
+        yield
+    library.native_library.cache_clear()
+
+
+@torch.inference_mode()
+def decoded(
+    model: Any, ids: Tensor, mask: Tensor | None = None, threads: int = 1, **gates: Any
+) -> list[FBSOutput]:
+    """A prompt at once, then a token at a time; memory that was never written is NaN."""
+    if gates.get("gates") == "sample":
+        gates["gate_seed"] = torch.arange(len(ids))
+    cache, given = FBSCache(model.config.layer_count, poison=True), mask
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's prompt pass depends on it
+    prompt = None if given is None else given[:, :START]
+    found = [model(ids[:, :START], prompt, past_key_values=cache, **gates)]
+    torch.set_num_threads(threads)
+    for t in range(START, LENGTH):
+        seen = None if given is None else given[:, : t + 1]
+        found.append(model(ids[:, t : t + 1], seen, past_key_values=cache, **gates))
+    torch.set_num_threads(before)
+    return found[1:]
+
+
+def drawn(rows: int, seed: int = 3) -> Tensor:
+    return torch.randint(0, VOCAB, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_equal(ours: list[FBSOutput], theirs: list[FBSOutput]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.skip, other.skip)
+        for name in ("logits", "gate_prob", "lookahead", "boundary_logits"):
+            if getattr(other, name) is not None:
+                torch.testing.assert_close(
+                    getattr(mine, name), getattr(other, name), rtol=1e-4, atol=1e-5
+                )
+
+
+def is_native(model: Any, rows: int = 1) -> bool:
+    state = torch.zeros(rows, 1, model.config.hidden_size, dtype=model.dtype)
+    with torch.inference_mode():
+        tokens = Tokens(state, torch.zeros(rows, 1, dtype=torch.long), (state, state))
+        return native_step(model.model, tokens) is not None
+
+
+@pytest.mark.parametrize("mode", GATES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_it_gives_what_torch_gives(
+    family: str, options: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lively(family, **options)
+    assert is_native(model)
+    for rows in (1, 5):
+        ours = decoded(model, drawn(rows), **GATES[mode])
+        with torch_alone(monkeypatch):
+            assert not is_native(model)
+            theirs = decoded(model, drawn(rows), **GATES[mode])
+        assert_equal(ours, theirs)
+        if mode != "dense":
+            assert 0.05 < torch.stack([out.skip for out in theirs]).float().mean() < 0.95
+
+
+@pytest.mark.parametrize("options", [{}, NOOP], ids=str)
+def test_prompts_of_unequal_length(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, mask = left_padded(5, [9, 4, 7])
+    tail = drawn(3)[:, : LENGTH - START]
+    ids, mask = torch.cat((ids, tail), 1), torch.cat((mask, torch.ones_like(tail)), 1)
+    model = lively(**options)
+    ours = decoded(model, ids, mask, **GATES["threshold"])
+    with torch_alone(monkeypatch):
+        assert_equal(ours, decoded(model, ids, mask, **GATES["threshold"]))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_threads_change_no_bit_of_a_row(bias: bool) -> None:
+    """Each output is one thread's sum, so how many share them out does not show."""
+    model = lively("qwen3", bias=bias)
+    one, two = (decoded(model, drawn(1), threads=n, **GATES["sample"]) for n in (1, 2))
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("fbs_rl.model.native_step._SHARED_BYTES", 0)
+    shared = decoded(model, drawn(1), threads=2, **GATES["sample"])
+    monkey.undo()
+    for a, b, c in zip(one, two, shared, strict=True):
+        assert torch.equal(a.logits, b.logits) and torch.equal(a.logits, c.logits)
+        assert torch.equal(a.skip, c.skip)
+
+
+def test_bfloat16_rounds_where_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are taken in another order, so numbers differ by the last bits, and few decisions with them."""
+    model = fresh("qwen3").to(torch.bfloat16)
+    assert is_native(model)
+    ours = decoded(model, drawn(4), **GATES["dense"])
+    with torch_alone(monkeypatch):
+        theirs = decoded(model, drawn(4), **GATES["dense"])
+    mine, other = (torch.cat([out.logits for out in found], 1).float() for found in (ours, theirs))
+    assert (mine - other).norm() / other.norm() < 0.02
+
+
+def test_weights_that_move_or_change_are_seen() -> None:
+    model = fresh()
+    ids = drawn(1)
+    before = decoded(model, ids, **GATES["dense"])[0].logits
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight.mul_(1.5)
+    changed = decoded(model, ids, **GATES["dense"])[0].logits
+    assert not torch.equal(before, changed)
+    weight = model.model.layers[3].mlp.down_proj.weight
+    weight.data = weight.data.clone() / 1.5
+    torch.testing.assert_close(decoded(model, ids, **GATES["dense"])[0].logits, before)
+
+
+def test_who_listens_to_modules_gets_torchs_operations() -> None:
+    model = fresh()
+    assert is_native(model)
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert not is_native(model)
+    handle.remove()
+    with FlopCounterMode(display=False):
+        assert not is_native(model)
+    assert not is_native(fresh(segment_position=True))
+    assert not is_native(model, rows=9)
+    half = fresh()
+    half.model.layers[0].skip_gate.to(torch.bfloat16)
+    assert not is_native(half)
+
+
+def test_a_product_of_few_rows() -> None:
+    layer = torch.nn.Linear(37, 51)
+    for rows in (1, 2, 3, 7):
+        given = torch.randn(rows, 1, 37)
+        with torch.inference_mode():
+            torch.testing.assert_close(few_rows(layer, given), layer(given), rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_compiler_it_says_so_and_decodes(tmp_path: Any) -> None:
+    code = (
+        "import warnings; from fbs_rl.model.native.library import native_library\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always'); assert native_library() is None\n"
+        "print(said[0].message)"
+    )
+    environment = {**os.environ, "PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "CXX": ""}
+    made = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "no C++ compiler was found" in made.stdout
+
+
+def test_nobody_is_warned_of_what_he_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch_alone(monkeypatch), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert library.native_library() is None
