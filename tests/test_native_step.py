@@ -98,7 +98,7 @@ def test_it_gives_what_torch_gives(
 ) -> None:
     model = lively(family, **options)
     assert is_native(model)
-    for rows in (1, 5):
+    for rows in (1, 5, 13):
         ours = decoded(model, drawn(rows), **GATES[mode])
         with torch_alone(monkeypatch):
             assert not is_native(model)
@@ -168,7 +168,7 @@ def test_who_listens_to_modules_gets_torchs_operations() -> None:
     with FlopCounterMode(display=False):
         assert not is_native(model)
     assert not is_native(fresh(segment_position=True))
-    assert not is_native(model, rows=9)
+    assert not is_native(model, rows=33)
     half = fresh()
     half.model.layers[0].skip_gate.to(torch.bfloat16)
     assert not is_native(half)

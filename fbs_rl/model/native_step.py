@@ -24,7 +24,7 @@ from fbs_rl.types import ChunkTap, GateMode, KVPolicy, PassTaps, PreviewTap
 if TYPE_CHECKING:
     from fbs_rl.model.modeling import FBSModel
 
-MOST_ROWS = 8
+MOST_ROWS = 32
 """Beyond it a library's products, which are made for many rows, are faster."""
 _SHARED_BYTES = 4 << 20
 """Weights that it takes to share work between threads: for less, waiting for each other costs more."""

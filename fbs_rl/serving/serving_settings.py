@@ -14,7 +14,7 @@ class ServingSettings:
 
     graphs (CUDA, with "masked"): "none"; "full": decode steps of up to graph_rows rows are CUDA graphs;
     "branches": graphs with an IF node a layer, which is not read where all rows skip it.
-    native_gib: on a CPU decode steps of up to 8 rows are one call of compiled code, which needs the layers'
+    native_gib: on a CPU decode steps of up to 32 rows are one call of compiled code, which needs the layers'
     weights as they were loaded beside those that vLLM packs; done where they take no more than this. 0: never.
     batch: "independent" gates, or "consensus": one decision for all rows of a step, by mean probability.
     trace_bytes, trace_s: how much and how long finished traces are kept for somebody to fetch them.

@@ -43,16 +43,22 @@ static void multiply(const Linear& m, const float* x, int ldx, float* y, int ldy
     y[(long)r * ldy + i] = rounded<T>(b ? s + widen(b[i]) : s);
   };
   float sum[8];
-  for (int i = first; i < last; i++) {
-    const T* row = w + (long)i * k;
-    int r = 0;
-    const auto leave_some = [&](int count) {
-      for (int q = 0; q < count; q++) leave(r + q, i, sum[q]);
-      r += count;
-    };
-    while (rows - r >= 8) dots<T, 8>(row, x + (long)r * ldx, ldx, sum, k), leave_some(8);
-    if (rows - r >= 4) dots<T, 4>(row, x + (long)r * ldx, ldx, sum, k), leave_some(4);
-    if (rows - r >= 2) dots<T, 2>(row, x + (long)r * ldx, ldx, sum, k), leave_some(2);
-    if (rows - r) leave(r, i, dot(row, x + (long)r * ldx, k));
+  // Of many rows some inputs at a time, which then stay near for several outputs.
+  const int together = rows > 8 ? 16 : 1;
+  for (int i = first; i < last; i += together) {
+    const int end = i + together < last ? i + together : last;
+    for (int r = 0; r < rows;) {
+      const float* from = x + (long)r * ldx;
+      const int some = rows - r >= 8 ? 8 : rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
+      for (int o = i; o < end; o++) {
+        const T* row = w + (long)o * k;
+        if (some == 8) dots<T, 8>(row, from, ldx, sum, k);
+        if (some == 4) dots<T, 4>(row, from, ldx, sum, k);
+        if (some == 2) dots<T, 2>(row, from, ldx, sum, k);
+        if (some == 1) sum[0] = dot(row, from, k);
+        for (int q = 0; q < some; q++) leave(r + q, o, sum[q]);
+      }
+      r += some;
+    }
   }
 }

@@ -11,7 +11,7 @@
 #include "attention.h"
 #include "products.h"
 
-static const int MOST_ROWS = 16;
+static const int MOST_ROWS = 32;
 
 typedef std::vector<float> Floats;
 
