@@ -14,7 +14,7 @@ from tests.served_tiny import make_folder, referee
 from tests.tiny import VOCAB
 
 MASKED = {"fbs": {"decode_path": "masked"}}
-NATIVE = {"fbs": {"native_gib": 8}}
+COMPACT = {"fbs": {"native_gib": 0}}
 
 
 def start(folder: Path, **options: Any) -> Any:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.served_engine import (
+    COMPACT,
     LENGTHS,
     MASKED,
-    NATIVE,
     differences,
     generate,
     padded,
@@ -30,8 +30,8 @@ CONSENSUS = {"fbs": {"batch": "consensus"}}
 # --- equality -----------------------------------------------------------------------------------------
 
 PATHS: dict[str, dict[str, Any]] = {
-    "native": {"additional_config": NATIVE},
-    "compact": {},
+    "native": {},
+    "compact": {"additional_config": COMPACT},
     "masked": {"additional_config": MASKED},
 }
 SCENARIOS: dict[str, dict[str, Any]] = {

@@ -196,6 +196,15 @@ def agrees(served: Served, reply: Reply, **gates: Any) -> bool:
     return found.chosen == reply.token_ids
 
 
+def nearest(served: Served, reply: Reply, **gates: Any) -> float:
+    """How near the threshold the referee's closest decision on the reply is; 1 for other gates."""
+    if gates.get("gates", "threshold") != "threshold":
+        return 1.0
+    found = referee(served.model, reply.prompt_ids, reply.token_ids, gates="threshold", **gates)
+    asked_TL = found.prob_TL > 0
+    return float((found.prob_TL - gates["tau"]).abs()[asked_TL].min())
+
+
 OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what is sent, what the referee is told
     ({"tau": 0.5}, {}),
     ({"tau": 0.35}, {"tau": 0.35}),
@@ -210,18 +219,20 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what is sent, what t
 
 def test_concurrent_requests_with_options_of_their_own_are_the_referees(served: Served) -> None:
     def one(i: int) -> Reply:
-        text = f"{TEXTS[i % 4]} {i}"
+        text = f"{TEXTS[i % 4]} {i + 3}"
         return ask(served, text, OPTIONS[i % 8][0], 16 + i, chat=i // 8 % 2 == 1, stream=i >= 16)
 
     with ThreadPoolExecutor(32) as pool:
         replies = list(pool.map(one, range(32)))
     for i, reply in enumerate(replies):
         assert len(reply.token_ids) == 16 + i
-        assert agrees(served, reply, **{"tau": 0.5, **OPTIONS[i % 8][1]})
+        told = {"tau": 0.5, **OPTIONS[i % 8][1]}
+        assert nearest(served, reply, **told) > 1e-5, f"rounding decides request {i}: ask another"
+        assert agrees(served, reply, **told)
         decoded = served.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
         assert same_text(reply.text, decoded)
-        turn = f"[user] {TEXTS[i % 4]} {i}\n[assistant] "
-        prompt = turn if i // 8 % 2 == 1 else f"{TEXTS[i % 4]} {i}"
+        turn = f"[user] {TEXTS[i % 4]} {i + 3}\n[assistant] "
+        prompt = turn if i // 8 % 2 == 1 else f"{TEXTS[i % 4]} {i + 3}"
         assert served.tokenizer.decode(reply.prompt_ids) == prompt
     # The control: four were asked to be dense, and few others are by chance.
     assert sum(agrees(served, reply, gates="dense") for reply in replies) < 10

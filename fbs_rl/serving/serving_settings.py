@@ -25,7 +25,7 @@ class ServingSettings:
     graphs: str = "none"
     graph_rows: int = 16
     batch: str = "independent"
-    native_gib: float = 0.0
+    native_gib: float = 8.0
     trace_bytes: int = 256 << 20
     trace_s: float = 600.0
     stats_file: str = ""
