@@ -19,6 +19,7 @@ from tests.served_engine import (
     padded,
     random_prompts,
     serve_and_compare,
+    served_model,
     start,
 )
 from tests.served_tiny import make_folder, referee
@@ -56,6 +57,25 @@ def test_every_token_and_action_is_the_referees(
     found = there(serve_and_compare, tmp_path / "model", engine=PATHS[path], **SCENARIOS[name])
     assert found["wrong"] == [] and found["native"] == (path == "native")
     assert 0.1 < found["skip"] < 0.8
+
+
+def pages_known(folder: Path) -> dict[str, bool]:
+    """For which kernels of vLLM the compiled step takes their pages to be in the order that it knows."""
+    from fbs_rl.serving.paged_attention import keeps_columns
+
+    make_folder(folder)
+    llm = start(folder)
+    attention = served_model(llm).layers[0].self_attn.attn
+    found = {"as started": keeps_columns(attention)}
+    for kernels in ("vec", "amx", "neon"):
+        attention.isa = kernels
+        found[kernels] = keeps_columns(attention)
+    return found
+
+
+def test_pages_of_another_order_are_left_to_vllm(there: Callable[..., Any], tmp_path: Path) -> None:
+    known = there(pages_known, tmp_path / "model")
+    assert known == {"as started": True, "vec": True, "amx": False, "neon": False}
 
 
 @pytest.mark.parametrize("kv", ["project", "noop"])

@@ -12,18 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fbs_rl.c_structures import read_structure, structure_bodies
 from fbs_rl.decode.kernel_source import kernel_text
 
-_C_TYPES: dict[str, Any] = {
-    "int": ctypes.c_int,
-    "float": ctypes.c_float,
-    "long long": ctypes.c_longlong,
-    "u32": ctypes.c_uint,
-}
-_STRUCT = re.compile(r"^struct (\w+) \{\n(.*?)^\};", re.M | re.S)
-_FIELD = re.compile(
-    r"(?:const )?(num|int|float|long long|u32|unsigned char|u16|u64|Weights|SkipPath|Call)\s*(.*)"
-)
+_POINTED = ("num", "unsigned char", "u16", "u64", "Call")
 _CASE = re.compile(r"^    case (\d+): (\w+)\(\*\(const (\w+)\*\)c\.arguments", re.M)
 _PRODUCT = re.compile(r"^  PRODUCT\((\d+), (\w+), (\w+), (\w+)\)", re.M)
 
@@ -83,10 +75,11 @@ class Call:
 @lru_cache(maxsize=1)
 def structures() -> Mapping[str, type[ctypes.Structure]]:
     """Every structure of the source that can be told of in C types, by name."""
-    bodies = dict(_STRUCT.findall(kernel_text()))
-    known = {name: _structure(name, bodies[name], {}) for name in ("Weights", "SkipPath")}
+    bodies = structure_bodies(kernel_text())
+    inner = ("Weights", "SkipPath")
+    known = {name: read_structure(name, bodies[name], {}, _POINTED) for name in inner}
     named = {kind for _, _, kind in _CASE.findall(kernel_text())} | {"Product", "Program"}
-    return known | {name: _structure(name, bodies[name], known) for name in named}
+    return known | {name: read_structure(name, bodies[name], known, _POINTED) for name in named}
 
 
 @lru_cache(maxsize=1)
@@ -96,24 +89,6 @@ def kinds() -> Mapping[str, Kind]:
     found = {name: Kind(int(n), known[kind], "", "") for n, name, kind in _CASE.findall(text)}
     products = {name: Kind(int(n), known["Product"], *ends) for n, name, *ends in _PRODUCT.findall(text)}  # fmt: skip
     return found | products
-
-
-def _structure(
-    name: str, body: str, known: Mapping[str, type[ctypes.Structure]]
-) -> type[ctypes.Structure]:
-    fields: list[tuple[str, Any]] = []
-    for statement in re.sub(r"//[^\n]*", "", body).split(";"):
-        match = _FIELD.fullmatch(statement.strip())
-        if match is None:
-            continue
-        kind, names = match.groups()
-        for one in names.split(","):
-            pointer, field, length = re.fullmatch(
-                r"(\*?)\s*(\w+)(?:\[(\d+)\])?", one.strip()
-            ).groups()  # pyright: ignore[reportOptionalMemberAccess]
-            c_type = ctypes.c_void_p if pointer else known.get(kind) or _C_TYPES[kind]
-            fields.append((field, c_type * int(length) if length else c_type))
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
 def make_call(name: str, room_bytes: int = 0, **values: Any) -> Call:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from fbs_rl.decode.step_buffers import MOST_FOUND
+from fbs_rl.model.kernel_limits import kernel_limits
 from fbs_rl.model.modeling import FBSForCausalLM
-from fbs_rl.types import Compression, GateInputs, GateMode
+from fbs_rl.types import GateInputs, GateMode
 
 _MOST_RANK = 256  # numbers of a preview, one a thread
 _MOST_GATE_FEATURES = 512
@@ -39,17 +40,8 @@ def _reasons(model: FBSForCausalLM) -> Iterator[str]:
     assert config.num_key_value_heads is not None
     if model.dtype not in (torch.float32, torch.bfloat16):
         yield f"weights in {model.dtype}, only float32 and bfloat16"
-    if config.hidden_act != "silu":
-        yield f"the activation {config.hidden_act!r}, only 'silu'"
-    if config.mlp_bias and config.backbone_type == "llama":
-        yield "biases in the MLP"
-    if config.segment_position:
-        yield "segment_position"
+    yield from kernel_limits(config)
     if config.paw:
-        if config.paw_embed_space == "full":
-            yield 'paw_embed_space "full"'
-        if config.paw_compression not in (Compression.CONV, Compression.MEAN):
-            yield f'paw_compression "{config.paw_compression}"'
         if config.paw_shortlist > MOST_FOUND:
             yield f"a shortlist of more than {MOST_FOUND} tokens"
         if config.paw_rank > _MOST_RANK:

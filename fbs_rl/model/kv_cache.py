@@ -161,6 +161,19 @@ class FBSCache:
         self.chunks: ChunkState | None = None
         self.segments: Tensor | None = None
 
+    def chunk_state(self, batch: int, device: torch.device) -> ChunkState:
+        """Where the rows stand in their chunks; made on first use."""
+        if self.chunks is None:
+            self.chunks = ChunkState.empty(batch, device)
+        return self.chunks
+
+    def ring(self, layer: int, reader: ChunkReader, state_Bd: Tensor) -> ReaderChunks:
+        """The chunks of one chunk layer, for rows of these states; made on first use."""
+        readers = self.chunk_state(len(state_Bd), state_Bd.device).readers
+        if layer not in readers:
+            readers[layer] = ReaderChunks.empty(reader, state_Bd, self.poison)
+        return readers[layer]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens fed so far, padding included (generate() slices its inputs by it)."""
         return self.columns

@@ -168,8 +168,9 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = None
         if with_logits:
-            head = few_rows if cache is not None and source.shape[1] == 1 else nn.Linear.__call__
-            logits = head(self.lm_head, hidden[:, kept, :])
+            steps = cache is not None and source.shape[1] == 1
+            asked = hidden[:, kept, :]
+            logits = few_rows(self.lm_head, asked) if steps else self.lm_head(asked)
         report = None
         if labels is not None:
             if cache is not None or input_ids is None:

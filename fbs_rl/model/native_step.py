@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from fbs_rl.model.chunk_head import close_probability
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.decision import Decider
-from fbs_rl.model.kv_cache import ChunkState, FBSCache, ReaderChunks
+from fbs_rl.model.kv_cache import FBSCache
 from fbs_rl.model.layer import FBSLayer
 from fbs_rl.model.native.arguments import fill, linear, structures
 from fbs_rl.model.native.library import native_library
-from fbs_rl.model.native.weights import NativeWeights, Watch, unsupported
+from fbs_rl.model.native.weights import NativeWeights, Watch, is_supported
 from fbs_rl.model.sequence_pass import PassResult, Tokens
 from fbs_rl.types import ChunkTap, GateMode, KVPolicy, PassTaps, PreviewTap
 
@@ -76,12 +76,10 @@ class NativeStep:
         before_B1 = None
         chunk_memory = self.chunk_type()
         if model.boundary is not None:
-            chunks = _chunk_memory(cache, rows)
+            chunks = cache.chunk_state(rows, state.device)
             before_B1 = chunks.closed_B.unsqueeze(1)
-            chunks.closed_B, chunks.open_size_B = (
-                chunks.closed_B.clone(),
-                chunks.open_size_B.clone(),
-            )
+            # Others may hold what was so far; the step writes in place.
+            chunks.closed_B, chunks.open_size_B = chunks.closed_B.clone(), chunks.open_size_B.clone()  # fmt: skip
             chunks.continuable_B = chunks.continuable_B.clone()
             held |= {
                 "closed": chunks.closed_B,
@@ -90,7 +88,8 @@ class NativeStep:
                 "chunk_row": torch.arange(rows),
             }
             for index in config.reader_layers:
-                ring = _ring(model, index, state, cache)
+                layer: Any = model.layers[index]
+                ring = cache.ring(index, layer.chunk_reader, state[:, 0])
                 fill(
                     chunk_memory[index], keys=ring.key_BCW, values=ring.value_BCW, open_sum=ring.open_sum_Bd,
                     ring_stride=ring.key_BCW.stride(0),
@@ -139,7 +138,7 @@ def native_step(model: FBSModel, tokens: Tokens) -> NativeStep | None:
     if torch.is_grad_enabled() or _get_current_dispatch_mode() is not None:
         return None
     library = native_library()
-    if library is None or unsupported(model.config) is not None:
+    if library is None or not is_supported(model.config):
         return None
     found = _ready.get(model)
     if found is None or not found.watch.unchanged():
@@ -226,22 +225,6 @@ def _bars(decider: Decider) -> dict[str, Tensor]:
         assert decider.request.skip_LBT is not None
         return {"given": decider.request.skip_LBT.contiguous()}
     return {}
-
-
-def _chunk_memory(cache: FBSCache, rows: int) -> ChunkState:
-    if cache.chunks is None:
-        cache.chunks = ChunkState.empty(rows, torch.device("cpu"))
-    return cache.chunks
-
-
-def _ring(model: FBSModel, index: int, state: Tensor, cache: FBSCache) -> ReaderChunks:
-    layer: Any = model.layers[index]
-    assert cache.chunks is not None
-    if index not in cache.chunks.readers:
-        cache.chunks.readers[index] = ReaderChunks.empty(
-            layer.chunk_reader, state[:, 0], cache.poison
-        )
-    return cache.chunks.readers[index]
 
 
 def _result(

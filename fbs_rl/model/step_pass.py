@@ -118,15 +118,14 @@ def _look(
     if layer.index == model.config.boundary_layer:
         assert model.boundary is not None
         logits, blank = model.boundary(normed)
-        if cache.chunks is None:
-            cache.chunks = ChunkState.empty(normed.shape[0], normed.device)
-        before_B1 = cache.chunks.closed_B.unsqueeze(1)
-        closes_B = _closes(cache.chunks, logits[:, 0].argmax(-1), tokens.valid_BT)
+        chunks = cache.chunk_state(normed.shape[0], normed.device)
+        before_B1 = chunks.closed_B.unsqueeze(1)
+        closes_B = _closes(chunks, logits[:, 0].argmax(-1), tokens.valid_BT)
         if step.skipping is SkippingRows.MASKED:
-            step.chunks = _plan_masked_chunks(model.config, cache, cache.chunks, closes_B)
+            step.chunks = _plan_masked_chunks(model.config, cache, chunks, closes_B)
         else:
-            step.chunks = _plan_chunks(model.config, cache.chunks, closes_B)
-        _advance_chunks(cache.chunks, closes_B, tokens.valid_BT)
+            step.chunks = _plan_chunks(model.config, chunks, closes_B)
+        _advance_chunks(chunks, closes_B, tokens.valid_BT)
         taps.chunks = ChunkTap(
             logits, blank, close_probability(logits), closes_B.unsqueeze(1), before_B1
         )
@@ -338,12 +337,8 @@ def _advance_chunks(chunks: ChunkState, closes_B: Tensor, valid_B1: Tensor | Non
 
 
 def _ring(layer: FBSLayer, normed: Tensor, cache: FBSCache) -> ReaderChunks:
-    """The chunks of one chunk layer in the cache, made on first use."""
-    reader, chunks = layer.chunk_reader, cache.chunks
-    assert reader is not None and chunks is not None
-    if layer.index not in chunks.readers:
-        chunks.readers[layer.index] = ReaderChunks.empty(reader, normed[:, 0], cache.poison)
-    return chunks.readers[layer.index]
+    assert layer.chunk_reader is not None
+    return cache.ring(layer.index, layer.chunk_reader, normed[:, 0])
 
 
 def _read_chunks(

@@ -1,7 +1,6 @@
 """A decode step of a few rows on a CPU by the compiled step of fbs_rl.model.native, in vLLM's own paged cache.
 
-It gives what compact_walk gives. The CPU backend keeps, a page and key head, the keys column by column (a key's
-numbers lie a page apart) and then the values row by row.
+It gives what compact_walk gives. Of pages it knows one order: keys column by column, then values row by row.
 
 Letters: R rows of one token each, L layers.
 """
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from fbs_rl.model.native.arguments import fill, linear, structures
 from fbs_rl.model.native.library import native_library
-from fbs_rl.model.native.weights import NativeWeights, unsupported
+from fbs_rl.model.native.weights import NativeWeights, is_supported
 from fbs_rl.model.native_step import MOST_ROWS, entry_point, threads_for
-from fbs_rl.serving.paged_attention import PagedBatch, cache_of
+from fbs_rl.serving.paged_attention import PagedBatch, cache_of, keeps_columns
 from fbs_rl.serving.served_layer import ServedLayer
 from fbs_rl.serving.step_plan import StepPlan, StepReport
 from fbs_rl.types import KVPolicy
@@ -38,7 +37,8 @@ class NativeWalk:
         self.model, config = model, model.config
         self.layers = list(model.served_layers())
         embedding: Any = model.embed_tokens.weight
-        self.entry = entry_point(library, embedding.dtype)
+        self.dtype = embedding.dtype
+        self.entry = entry_point(library, self.dtype)
         self.held = [_raw_weights(layer) for layer in self.layers]
         self.weights = NativeWeights(
             config,
@@ -55,10 +55,7 @@ class NativeWalk:
         weight: Any = model.embed_tokens.weight
         if weight.device.type != "cpu" or model.settings.masked:
             return None
-        if unsupported(model.config) is not None or weight.dtype not in (
-            torch.float32,
-            torch.bfloat16,
-        ):
+        if not is_supported(model.config) or weight.dtype not in (torch.float32, torch.bfloat16):
             return None
         names = ("skip_gate", "paw", "chunk_reader", "skip_path", "preview", "boundary")
         own = (p for n, p in model.named_parameters() if any(f".{x}." in f".{n}" for x in names))
@@ -71,7 +68,11 @@ class NativeWalk:
         return None if library is None else cls(model, library)
 
     def takes(self, plan: StepPlan, batch: PagedBatch) -> bool:
-        return batch.decodes and len(plan.row_R) <= MOST_ROWS
+        """Whether this step is for it: few rows, in pages of the order that it knows."""
+        if not batch.decodes or len(plan.row_R) > MOST_ROWS:
+            return False
+        attention = self.layers[0].self_attn.attn
+        return keeps_columns(attention) and cache_of(attention).dtype == self.dtype
 
     def run(
         self, state_Rd: Tensor, position_R: Tensor, plan: StepPlan, batch: PagedBatch, entry_LR: np.ndarray

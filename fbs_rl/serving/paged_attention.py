@@ -185,6 +185,20 @@ def attend(attention: Any, query_NX: Tensor, metadata: Any) -> Tensor:
     return out.view(len(query_NX), -1)
 
 
+def keeps_columns(attention: Any) -> bool:
+    """Whether a page holds, a key head, keys column by column and then values row by row, as the vector kernels of
+    vLLM 0.32 for CPUs keep them. Those for AMX and NEON, and earlier versions, have other orders.
+    """
+    pages = cache_of(attention)
+    shape = (attention.num_kv_heads, 2 * attention.head_size)
+    return (
+        getattr(attention, "isa", None) in ("vec", "vec16")
+        and pages.ndim == 4
+        and (pages.shape[1], pages.shape[3]) == shape
+        and pages[0].is_contiguous()
+    )
+
+
 def cache_of(attention: Any) -> Tensor:
     """The layer's pages."""
     cache = attention.kv_cache

@@ -47,7 +47,8 @@ struct CacheArguments {
   long long row_stride, head_stride, exists_stride, block_stride;
 };
 
-// A chunk layer's memory. row: of each of the step's rows in it. Rings [.., places, width], sums [.., width of a state].
+// A chunk layer's memory, in which StepArguments.chunk_row says where each row's is: rings [.., places, width], sums
+// [.., width of a state].
 struct ChunkArguments {
   void *keys, *values;
   float *open_sum;
@@ -55,10 +56,10 @@ struct ChunkArguments {
 };
 
 // mode: 0 nothing skips, 1 p >= bar, 2 bar < p, 3 given. asks: gates are computed; without, 1 skips where bar is
-// -inf. bar: [layers, rows], or one row of it for all (bar_stride 0);
-// never: layers that always run in this call. entries: places in use of each layer and row before this token, [layers, rows].
-// added: layers in which the step left an entry. prob, skip: [layers, rows]. windows: [looks, rows]; queries, inclusions
-// likewise. boundary: [rows, 5]. closes, closed, open_size, continuable: of the rows' chunks, before and after.
+// -inf. bar: [layers, rows], or one row of it for all (bar_stride 0). never: layers that always run in this call.
+// entries: places in use of each layer and row before this token, [layers, rows]. added: layers in which the step left an
+// entry. prob, skip: [layers, rows]. windows: [looks, rows]; queries, inclusions likewise. boundary: [rows, 5].
+// closes: the token opens a chunk. closed, open_size, continuable: of the rows' chunks, before and after.
 struct StepArguments {
   int rows, threads, mode, asks, consensus, page, page_columns;
   float temperature;

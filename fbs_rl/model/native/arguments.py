@@ -1,44 +1,26 @@
-"""The structures of arguments.h as ctypes, read from that file, so that they cannot differ."""
+"""The structures of arguments.h as ctypes, and how they are filled."""
 
 from __future__ import annotations
 
 import ctypes
-import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fbs_rl.c_structures import read_structure, structure_bodies
+
 SOURCE = Path(__file__).parent
-_STRUCT = re.compile(r"^struct (\w+) \{.*?\n(.*?)^\};", re.M | re.S)
-_FIELD = re.compile(
-    r"(?:const )?(int|float|long long|unsigned char|void|\w+(?:Arguments)?)\s*(\*?.*)"
-)
-_PLAIN: dict[str, Any] = {
-    "int": ctypes.c_int,
-    "float": ctypes.c_float,
-    "long long": ctypes.c_longlong,
-}
+_POINTED = ("void", "unsigned char")
 
 
 @lru_cache(maxsize=1)
 def structures() -> dict[str, type[ctypes.Structure]]:
     """Every structure of arguments.h by its name."""
     found: dict[str, type[ctypes.Structure]] = {}
-    text = re.sub(r"//[^\n]*", "", (SOURCE / "arguments.h").read_text())
-    for name, body in _STRUCT.findall(text):
-        fields: list[tuple[str, Any]] = []
-        for statement in body.split(";"):
-            match = _FIELD.fullmatch(" ".join(statement.split()))
-            if match is None:
-                continue
-            kind, names = match.groups()
-            for one in names.split(","):
-                pointer = one.strip().startswith("*")
-                plain = _PLAIN.get(kind) or found.get(kind)
-                fields.append((one.strip(" *"), ctypes.c_void_p if pointer else plain))
-        found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    for name, body in structure_bodies((SOURCE / "arguments.h").read_text()).items():
+        found[name] = read_structure(name, body, found, _POINTED)
     return found
 
 
@@ -51,7 +33,7 @@ def fill(structure: Any, **values: Any) -> Any:
     return structure
 
 
-def linear(weight: Tensor | None, bias: Tensor | None = None) -> Any:
-    """A Linear of these tensors, which must be contiguous; nothing where there is no weight."""
-    assert weight is None or weight.is_contiguous()
+def linear(weight: Tensor, bias: Tensor | None = None) -> Any:
+    """A Linear of these tensors, which must be contiguous."""
+    assert weight.is_contiguous()
     return fill(structures()["Linear"](), weight=weight, bias=bias)

@@ -160,7 +160,7 @@ void attend_head(int l, const LayerArguments& w, int item) {
          m.scale, score.data(), room.attended.data() + (long)j * m.heads * dim + head * dim);
 }
 
-// SiLU(gate) times up, my columns, a few at a time so that they stay near.
+// SiLU(gate) times up, my columns.
 void gate_up(const LayerArguments& w) {
   const int count = run.size(), inner = m.inner, from = first(inner), to = last(inner);
   gate_room.resize((long)count * inner), up_room.resize((long)count * inner);

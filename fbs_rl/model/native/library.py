@@ -34,7 +34,8 @@ def native_library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_built(compiler)))
     except subprocess.CalledProcessError as error:
-        return _without(f"{compiler} failed: {error.stderr.strip().splitlines()[-1:]}")
+        said = error.stderr.strip().splitlines() or ["it said nothing"]
+        return _without(f"{compiler} failed ({said[-1]})")
     except OSError as error:
         return _without(str(error))
 

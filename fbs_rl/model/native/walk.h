@@ -65,8 +65,8 @@ struct Walk {
   const StepArguments& s;
   Room& room;
   const int me, many, rows;
-  // What each thread makes for itself; here[0 or 1] says which of the two states is the current one.
-  int here = 0;
+  int here = 0;  // which of the two states is the current one
+  // What each thread makes for itself.
   bool shortlisted = false;
   Floats normed, input, features, inclusion, key, score;
   std::vector<int> shortlist, run, idle;

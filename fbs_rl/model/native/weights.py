@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from fbs_rl.model.chunk_head import BoundaryHead, distance_bucket
 from fbs_rl.model.configuration import FBSConfig
+from fbs_rl.model.kernel_limits import kernel_limits
 from fbs_rl.model.native.arguments import fill, linear, structures
 from fbs_rl.model.preview import PreviewHead
 from fbs_rl.model.skip_path import SkipAdapter
 from fbs_rl.types import Compression, KVPolicy
+
+_WIDEST_HEAD = 512  # execute.h keeps one head on the stack
 
 
 class NativeWeights:
@@ -77,9 +80,7 @@ class NativeWeights:
         )  # fmt: skip
 
 
-def _of(module: nn.Module | None) -> Any:
-    if module is None:
-        return linear(None)
+def _of(module: nn.Module) -> Any:
     made: Any = module
     return linear(made.weight, made.bias)
 
@@ -114,21 +115,9 @@ def _layer(config: FBSConfig, layer: Any, parts: Mapping[str, Any]) -> Any:
     return made
 
 
-def unsupported(config: FBSConfig) -> str | None:
-    """What of the configuration the compiled step does not do; None if it does all of it."""
-    if config.hidden_act != "silu":
-        return f"the activation {config.hidden_act!r}"
-    if config.mlp_bias and config.backbone_type == "llama":
-        return "biases in the MLP"
-    if config.segment_position:
-        return "segment_position"
-    if config.paw and config.paw_embed_space == "full":
-        return 'paw_embed_space "full"'
-    if config.paw and config.paw_compression not in (Compression.CONV, Compression.MEAN):
-        return f'paw_compression "{config.paw_compression}"'
-    if (config.head_dim or 0) > 512:
-        return "heads of more than 512 numbers"
-    return None
+def is_supported(config: FBSConfig) -> bool:
+    """Whether the compiled step computes every option of the configuration."""
+    return (config.head_dim or 0) <= _WIDEST_HEAD and not any(kernel_limits(config))
 
 
 class Watch:
