@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from actors.sharded_model import ShardedModel
 from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.training.parameters import parameter_groups, set_trained
 from fbs_rl.training.settings import PretrainSettings
@@ -23,13 +24,14 @@ UNIVERSAL = "universal"
 
 @dataclass(slots=True)
 class Engine:
-    """deepspeed: the engine. peaks: top learning rate of each parameter group."""
+    """deepspeed: the engine. groups: each parameter group's own options. sharded: at ZeRO-3."""
 
     deepspeed: Any
-    peaks: list[float]
+    groups: list[dict[str, Any]]
     settings: PretrainSettings
     ranks: int
     float_buffers: dict[str, torch.Tensor]
+    sharded: ShardedModel | None = None
 
     @classmethod
     def build(
@@ -58,25 +60,31 @@ class Engine:
             for name, buffer in model.named_buffers()
             if buffer.is_floating_point()
         }
+        sharded = ShardedModel(model) if settings.cluster.zero_stage == 3 else None
         made = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             config=deepspeed_config(settings, ranks, universal),
             dist_init_required=False,
         )[0]
-        engine = cls(made, [g["peak_lr"] for g in groups], settings, ranks, buffers)
+        options = [{name: g[name] for name in g.keys() - {"params"}} for g in groups]
+        engine = cls(made, options, settings, ranks, buffers, sharded)
         engine._restore_buffers()
+        if sharded is not None:
+            sharded.keep_rest_whole(made)
         return engine
 
-    def rebuilt(
-        self, settings: PretrainSettings, ranks: int, trains: str, device: torch.device
-    ) -> Engine:
-        """A new engine, with a fresh optimizer, around the same model."""
-        model = self.module
+    def rebuilt(self, model: FBSForCausalLM, trains: str, device: torch.device) -> Engine:
+        """A new engine, with a fresh optimizer, around `model`: what whole_model() gave, or a change of it."""
         self.deepspeed.destroy()
         for parameter in model.parameters():
             parameter.grad = None
-        return Engine.build(copy.deepcopy(model), settings, ranks, trains, device)
+        fresh = model if self.sharded is not None else copy.deepcopy(model)
+        return Engine.build(fresh, self.settings, self.ranks, trains, device)
+
+    def whole_model(self) -> FBSForCausalLM:
+        """The model with all of its weights on this rank: the live one, but at ZeRO-3 a copy. All ranks must call."""
+        return self.module if self.sharded is None else self.sharded.whole(self.module)
 
     @property
     def module(self) -> FBSForCausalLM:
@@ -97,8 +105,8 @@ class Engine:
 
     def set_rates(self, scale: float) -> None:
         """Learning rates of the next step: `scale` times each group's peak."""
-        for group, peak in zip(self.deepspeed.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = scale * peak
+        for group, own in zip(self.deepspeed.optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = scale * own["peak_lr"]
 
     @property
     def _sums_itself(self) -> bool:
@@ -130,7 +138,7 @@ class Engine:
             return self._step_without_zero()
         if self._sums_itself:
             self._sum_gradients()
-        elif self.settings.cluster.precision == "bf16":
+        elif self.settings.cluster.zero_stage == 2 and self.settings.cluster.precision == "bf16":
             # DeepSpeed's own check reads every tensor three times and waits for each: let it look only when
             # one look at all of them says that it must (its way out of a bad step is then the one it knows).
             self.deepspeed.optimizer.check_grad_overflow = not self._finite_gradients()
@@ -201,6 +209,16 @@ class Engine:
         loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag)
         if loaded is None:
             raise FileNotFoundError(f"{folder}/{tag} holds no DeepSpeed checkpoint")
+        if self.sharded is not None and tag == UNIVERSAL:
+            self._untie_groups()
+
+    def _untie_groups(self) -> None:
+        """From converted files ZeRO-3 gives every group the first one's options, and one step counter to all."""
+        optimizer = self.deepspeed.optimizer.optimizer
+        for group, own in zip(optimizer.param_groups, self.groups, strict=True):
+            group.update(own)
+        for state in optimizer.state.values():
+            state["step"] = state["step"].clone()
 
 
 def to_universal(source: Path, target: Path) -> None:
@@ -234,6 +252,8 @@ def deepspeed_config(settings: PretrainSettings, ranks: int, universal: bool) ->
         config["zero_optimization"] = {"stage": cluster.zero_stage}
     if cluster.zero_stage == 1:  # no hooks on parameters: Engine sums their gradients
         config["zero_optimization"] |= {"contiguous_gradients": False, "overlap_comm": False}
+    if cluster.zero_stage == 3:  # what stays whole is chosen by name (ShardedModel)
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
     if cluster.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if universal:

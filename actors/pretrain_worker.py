@@ -187,18 +187,19 @@ class PretrainWorker:
     def _enter_phase(self, plan: StepPlan) -> None:
         """Where phase 1b begins: fit gates if asked, and build the optimizer anew if it trains other things."""
         phases = self.settings.phases
-        if plan.step == phases.observed_steps and phases.gate_start == "fitted":
+        fits = plan.step == phases.observed_steps and phases.gate_start == "fitted"
+        anew = fits or (plan.step == phases.observed_steps and plan.trains != self.trains)
+        model = self.engine.whole_model() if anew else self.model
+        if fits:
             rows = self.train_rows.rows(_spread(len(self.train_rows), _FIT_ROWS))
             start = rows.ids_BT.shape[1] // 4
             ids = torch.from_numpy(rows.ids_BT)
             with as_written():
-                fit_in_closed_form(self.model, ids, start)
-                centre_gates(self.model, ids, start, plan.skip_target)
-        if plan.step == phases.observed_steps and (
-            plan.trains != self.trains or phases.gate_start == "fitted"
-        ):
+                fit_in_closed_form(model, ids, start)
+                centre_gates(model, ids, start, plan.skip_target)
+        if anew:
             self.trains = plan.trains
-            self.engine = self.engine.rebuilt(self.settings, self.ranks, plan.trains, self.device)
+            self.engine = self.engine.rebuilt(model, plan.trains, self.device)
         if plan.phase is Phase.GATED:
             self.model.config.gates_origin = "trained"
 
@@ -297,17 +298,17 @@ class PretrainWorker:
         length = min(64, self.heldout_rows.sequence_tokens // 2)
         rows = self.heldout_rows.rows(_spread(len(self.heldout_rows), wanted.sample_prompts))
         modes: dict[str, dict[str, Any]] = {"dense": {"gates": "dense"}}
-        if self.model.config.gate and wanted.skip_ratios:
+        model = self.engine.whole_model().eval()
+        if model.config.gate and wanted.skip_ratios:
             tuning = self._heldout(list(range(min(4, len(self.heldout_rows)))))
-            tau = find_threshold(self.model, tuning, wanted.skip_ratios[-1], self.reduce)
+            tau = find_threshold(model, tuning, wanted.skip_ratios[-1], self.reduce)
             modes["gated"] = {"gates": "threshold", "tau": tau}
         table = []
-        self.model.eval()
         for ids_T in torch.from_numpy(rows.ids_BT[:, :length]).to(self.device):
             row = {"prompt": self.tokenizer.decode(ids_T)}
             for name, gates in modes.items():
                 with torch.no_grad():
-                    made = self.model.generate(
+                    made = model.generate(
                         ids_T[None],
                         attention_mask=torch.ones_like(ids_T[None]),
                         max_new_tokens=wanted.sample_tokens,
@@ -340,12 +341,13 @@ class PretrainWorker:
         return found
 
     def export(self, folder: str, tau: float | None = None) -> None:
-        """Write a Hugging Face folder of the live model (rank 0, which has all of it).
+        """Write a Hugging Face folder of the live model (rank 0 writes; all ranks must call).
 
         tau: the threshold at which it skips when a call does not say; None: such a call skips nothing.
         """
+        model = self.engine.whole_model()
         if self.rank == 0:
-            export_model(self.model, self.tokenizer, Path(folder), tau)
+            export_model(model, self.tokenizer, Path(folder), tau)
 
     def read_teacher(self, folder: str) -> None:
         """Distil from the model in `folder` from now on."""

@@ -33,7 +33,7 @@ def train_here(settings: PretrainSettings, name: str, say: Callable[[str], None]
     steps, seconds, tokens = settings.phases.steps, 0.0, 0.0
     for step in range(steps):
         if step == settings.phases.observed_steps and settings.phases.teacher == "phase_1a":
-            worker.teacher = copy.deepcopy(worker.model).requires_grad_(False).eval()
+            worker.teacher = copy.deepcopy(worker.engine.whole_model()).requires_grad_(False).eval()
         record = worker.run_step(step)
         seconds, tokens = seconds + record["perf/step_s"], tokens + record["train/tokens"]
         if (step + 1) % max(steps // 20, 1) == 0:

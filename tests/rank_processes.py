@@ -21,7 +21,7 @@ from fbs_rl.training.settings import PretrainSettings
 Made = TypeVar("Made")
 Task = Callable[..., Made]
 """Called as task(worker, join, *arguments); join(step, resume) starts the worker."""
-_DEADLINE_S = 120
+_DEADLINE_S = 600
 
 _server = multiprocessing.get_context("forkserver")
 # The last one compiles functions as it is imported, which takes seconds; ZeRO stages 1 and 2 import it.

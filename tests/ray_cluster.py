@@ -22,7 +22,7 @@ import yaml
 if TYPE_CHECKING:
     from fbs_rl.training.settings import PretrainSettings
 
-_START_S = 90
+_START_S = 300
 _AGENT_S = 240
 PROJECT = Path(__file__).parents[1]
 
@@ -81,7 +81,7 @@ def start_cluster(folder: Path, cpus: int = 3) -> Iterator[LocalCluster]:
             yield LocalCluster(url, {"RAY_ADDRESS": f"127.0.0.1:{gcs}"})
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            process.wait(120)
 
 
 def _answers(request: urllib.request.Request) -> bool:
@@ -156,7 +156,7 @@ def losses(run: Path) -> list[float]:
 
 
 def wait_for_step(
-    run: Path, step: int, process: subprocess.Popen[str], limit_s: float = 120
+    run: Path, step: int, process: subprocess.Popen[str], limit_s: float = 600
 ) -> None:
     """Until `step` is logged; TimeoutError with the process's output if it ends or takes too long."""
 
@@ -172,7 +172,7 @@ def wait_for_step(
         raise TimeoutError(f"ended before step {step}: {process.communicate()[0]}")
 
 
-def submitted(cluster: LocalCluster, *command: str, limit_s: float = 600) -> tuple[int, str]:
+def submitted(cluster: LocalCluster, *command: str, limit_s: float = 1200) -> tuple[int, str]:
     """(exit code, output) of a command run by `ray job submit`.
 
     A cluster that has only just started answers before the agent is there that runs jobs.
@@ -185,7 +185,7 @@ def submitted(cluster: LocalCluster, *command: str, limit_s: float = 600) -> tup
         time.sleep(3)
 
 
-def finish(process: subprocess.Popen[str], limit_s: float = 150) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], limit_s: float = 900) -> tuple[int, str]:
     """(exit code, output) of a process, killed if it takes longer than `limit_s`."""
     try:
         output, _ = process.communicate(timeout=limit_s)

@@ -92,23 +92,26 @@ def test_a_checkpoint_holds_weights_masters_and_moments(precision: str) -> None:
         (0, 2e9, 2e9, 12e9),
         (1, 2e9, 2e9, 3e9),
         (2, 2e9, 0.5e9, 3e9),
-        (3, 0.5e9, 0.5e9, 3e9),
+        (3, 0.8e9, 0.5e9, 3e9),
     ],
 )
 def test_zero_shards_what_it_says(
     stage: int, weights: float, gradients: float, optimizer: float
 ) -> None:
-    """A billion parameters on four ranks in bf16: 2 + 2 + 12 bytes each (ZeRO, Rajbhandari et al., section 3)."""
+    """A billion parameters on four ranks in bf16: 2 + 2 + 12 bytes each (ZeRO, Rajbhandari et al., section 3).
+
+    At stage 3 four fifths of them, the matrices of layers, are spread.
+    """
     config = bound(backbone())
-    found = estimate_memory(config, 10**9, 10**9, 4, stage, "bf16", 16, False)
+    found = estimate_memory(config, 10**9, 10**9, 8 * 10**8, 4, stage, "bf16", 16, False)
     assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
     parts = found.weights + found.gradients + found.optimizer + found.activations
     assert found.total == parts
-    cheaper = estimate_memory(config, 10**9, 10**9, 4, stage, "bf16", 16, True)
+    cheaper = estimate_memory(config, 10**9, 10**9, 8 * 10**8, 4, stage, "bf16", 16, True)
     assert cheaper.activations < found.activations
 
 
 def test_frozen_parameters_cost_their_weights_alone() -> None:
     config = bound(backbone())
-    found = estimate_memory(config, 1000, 0, 1, 0, "fp32", 16, False)
+    found = estimate_memory(config, 1000, 0, 800, 1, 0, "fp32", 16, False)
     assert (found.weights, found.gradients, found.optimizer) == (4000, 0, 0)

@@ -80,7 +80,7 @@ def ask(words: list[str], home: Path, endpoint: str, **more: str) -> tuple[list[
     environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PATH": "/usr/bin:/bin", **more}
     made = subprocess.run(
         [sys.executable, "-c", program, *words],
-        env=environment, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent.parent,
+        env=environment, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     return json.loads(made.stdout.splitlines()[-1]), made.stderr
 

@@ -23,7 +23,7 @@ from fbs_rl.data.worker_pool import LocalPool
 from tests.data_corpus import result_digests, texts, tokenizer_folder, write_jsonl
 from tests.dying_task import upper_or_die
 
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
 
 
 @pytest.fixture(scope="module")

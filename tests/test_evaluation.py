@@ -148,7 +148,7 @@ def in_ranks(work: Callable[[int, Callable[[Tensor], Tensor]], Any], ranks: int 
     """What `work(rank, reduce)` returns on each rank; ranks are threads that meet in every reduction."""
     shares: list[Tensor | None] = [None] * ranks
     results: list[Any] = [None] * ranks
-    meet = threading.Barrier(ranks, timeout=60)
+    meet = threading.Barrier(ranks, timeout=300)
 
     def run(rank: int) -> None:
         def reduce(sums: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Terminal:
 
     def text(self) -> str:
         self.stream.close()
-        self.reader.join(timeout=10)
+        self.reader.join(timeout=60)
         os.close(self.master)
         return self.received.decode().replace("\r\n", "\n")
 
@@ -160,7 +160,7 @@ def test_a_process_reads_standard_input_and_prints_one_json_object(places: dict[
         input=PROMPT + "\n",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     result = json.loads(done.stdout)

@@ -141,7 +141,7 @@ def test_a_start_is_trained_first_and_taken_again(root: Path, tmp_path: Path) ->
     said = []
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-m", "fbs_rl.policy_study", *given], capture_output=True, text=True, timeout=300
+            [sys.executable, "-m", "fbs_rl.policy_study", *given], capture_output=True, text=True, timeout=900
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         said.append(done.stderr)
@@ -194,6 +194,6 @@ def test_nothing_of_a_cluster_is_imported() -> None:
         "import fbs_rl.policy_study"
     )
     found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600
     )
     assert found.returncode == 0, found.stderr

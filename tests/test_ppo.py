@@ -26,7 +26,7 @@ from tests.small_questions import write_questions
 from tests.small_tokenizer import saveable_tokenizer
 
 STEPS = 6
-_RUN_S = 400
+_RUN_S = 1200
 _TIMED = ("perf/", "sync/sync_s", "rollout/", "run/")
 """What may differ between two runs of the same numbers."""
 

@@ -31,7 +31,7 @@ from tests.served_tiny import referee
 from tests.small_tokenizer import TEXTS
 from tests.tiny import LAYERS
 
-START_S, ANSWER_S = 400, 60
+START_S, ANSWER_S = 900, 300
 
 
 # --- the server ---------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_what_has_no_default_is_asked_for() -> None:
         ("phases.gates=dense", "phases.gates is 'dense'; it must be one of sample, threshold"),
         ("phases.teacher=gpt", "phases.teacher is 'gpt'; it must be one of self, phase_1a"),
         ("phases.gate_start=warm", "phases.gate_start is 'warm'; it must be one of initial, fitted"),
-        ("cluster.zero_stage=3", "cluster.zero_stage is 3; it must be 0, 1 or 2"),
+        ("cluster.zero_stage=4", "cluster.zero_stage is 4; it must be 0, 1, 2 or 3"),
         ("cluster.zero_stage=0", "set cluster.zero_stage to 1"),
         ("cluster.precision=fp16", "cluster.precision is 'fp16'; it must be bf16 or fp32"),
         ("cluster.device=tpu", "cluster.device is 'tpu'; it must be auto, cpu or cuda"),

@@ -30,7 +30,7 @@ def rows_of(root: Path, *words: str) -> list[dict[str, Any]]:
     """In a process of its own: DeepSpeed joins a process group for good."""
     given = ["--data", str(root / "shards"), "--backbone", str(root / "backbone")]
     done = subprocess.run(
-        [sys.executable, "-m", *words, *given], capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", *words, *given], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -94,6 +94,6 @@ def test_bench_train_reports_each_variant(root: Path) -> None:
 def test_mistakes_are_a_sentence(root: Path, words: list[str], sentence: str) -> None:
     given = ["--data", str(root / "shards"), "--backbone", str(root / "backbone")]
     done = subprocess.run(
-        [sys.executable, "-m", *words, *given], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", *words, *given], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr

@@ -69,9 +69,9 @@ def settings_tree(root: Path, **changes: Any) -> dict[str, Any]:
             "ranks": 1,
             "device": "cpu",
             "precision": "fp32",
-            "start_deadline_s": 120,
-            "step_deadline_s": 60,
-            "save_deadline_s": 60,
+            "start_deadline_s": 600,
+            "step_deadline_s": 300,
+            "save_deadline_s": 300,
         },
         "checkpoint": {"every_steps": 4},
         "evaluation": {

@@ -59,13 +59,17 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: FBSConfig, parameters: int, trained: int, ranks: int, zero_stage: int, precision: str,
-    micro_tokens: int, checkpointing: bool,
+    config: FBSConfig, parameters: int, trained: int, matrices: int, ranks: int, zero_stage: int,
+    precision: str, micro_tokens: int, checkpointing: bool,
 ) -> MemoryEstimate:  # fmt: skip
-    """What a rank holds under a ZeRO stage, from the usual accounting (weights, gradients, master, moments)."""
+    """What a rank holds under a ZeRO stage, from the usual accounting (weights, gradients, master, moments).
+
+    matrices: those of the parameters that stage 3 spreads over the ranks.
+    """
     element = 2 if precision == "bf16" else 4
-    shard = {0: (1, 1, 1), 1: (1, 1, ranks), 2: (1, ranks, ranks), 3: (ranks, ranks, ranks)}
-    weights, gradients, states = shard[zero_stage]
+    gradients = ranks if zero_stage >= 2 else 1
+    states = ranks if zero_stage >= 1 else 1
+    spread = matrices if zero_stage == 3 else 0
     master = 4 * trained if precision == "bf16" or zero_stage else 0
     per_layer = 2 if checkpointing else 34 + 4 * config.intermediate_size / config.hidden_size
     activations = (
@@ -73,7 +77,7 @@ def estimate_memory(
     )
     logits = 3 * 2**29
     return MemoryEstimate(
-        weights=element * parameters / weights,
+        weights=element * (parameters - spread + spread / ranks),
         gradients=element * trained / gradients,
         optimizer=(8 * trained + master) / states,
         activations=activations + logits,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.training.settings import OptimizerSettings
 
 _GATE_PARTS = (".skip_gate.", ".skip_path.")
+_LAYER_MATRIX = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\..+\.weight")
 
 
 def set_trained(model: FBSForCausalLM, what: str) -> None:
@@ -58,3 +60,12 @@ def parameter_groups(model: FBSForCausalLM, optimizer: OptimizerSettings) -> lis
         }
         for (kind, decays), members in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def is_sharded(name: str, dimensions: int) -> bool:
+    """Whether ZeRO-3 spreads the parameter of this name over the ranks: the matrices of the backbone's layers.
+
+    They are nearly all of a large model, and run as modules, in one order on every rank. The rest is read by other
+    modules too (embedding, previews, norms), or too small to be worth a collective.
+    """
+    return dimensions > 1 and _LAYER_MATRIX.fullmatch(name) is not None

@@ -13,7 +13,7 @@ from fbs_rl.training.costs import (
     estimate_memory,
     training_flops_per_token,
 )
-from fbs_rl.training.parameters import parameter_kinds, set_trained
+from fbs_rl.training.parameters import is_sharded, parameter_kinds, set_trained
 from fbs_rl.training.settings import PretrainSettings
 
 _ASSUMED = ("H100", 0.4)
@@ -74,11 +74,13 @@ def _size_lines(
     """What a rank holds in memory, and what a checkpoint on disk."""
     cluster, kept = settings.cluster, settings.checkpoint
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    matrices = sum(p.numel() for name, p in model.named_parameters() if is_sharded(name, p.dim()))
     trained = _trained(model, settings)
     memory = estimate_memory(
         config,
         parameters,
         trained,
+        matrices,
         cluster.ranks,
         cluster.zero_stage,
         cluster.precision,

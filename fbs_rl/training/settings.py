@@ -182,7 +182,7 @@ class ClusterSettings:
     threads_per_rank: int = 1
     """Torch threads; on CPU, results are equal to the bit only between runs with the same number."""
     zero_stage: int = 1
-    """0: nothing is sharded over ranks; 1: optimizer states are; 2: gradients too."""
+    """0: nothing is sharded over ranks; 1: optimizer states are; 2: gradients too; 3: and the layers' matrices."""
     precision: str = "bf16"
     """bf16 (float32 master weights and moments) or fp32."""
     gradient_checkpointing: bool = False
@@ -214,9 +214,8 @@ class ClusterSettings:
             f"cluster.min_ranks is {self.min_ranks}; it must lie between 1 and cluster.ranks ({self.ranks})",
         )
         _refuse_unless(
-            self.zero_stage in (0, 1, 2),
-            f"cluster.zero_stage is {self.zero_stage}; it must be 0, 1 or 2 (ZeRO-3 wants every rank to run "
-            f"the same modules in the same order, which here depends on the data)",
+            self.zero_stage in (0, 1, 2, 3),
+            f"cluster.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3",
         )
         _refuse_unless(
             self.zero_stage > 0 or self.precision != "bf16",
