@@ -236,7 +236,7 @@ def test_changed_gates_act_without_a_new_graph(place: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_call_keeps_to_the_room_it_asks_for(dtype: torch.dtype, options: Any) -> None:
     """Each alone: in a program the largest one's room would hide it. The emulator looks behind the room."""
-    model = lively("qwen3", **options).to(dtype)
+    model = copy.deepcopy(lively("qwen3", **options)).to(dtype)
     decoder = decoder_of(model, "emulated", 2, "threshold")
 
     def keeps(call: Call) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -133,6 +134,103 @@ def test_threads_change_no_bit_of_a_row(bias: bool) -> None:
     for a, b, c in zip(one, two, shared, strict=True):
         assert torch.equal(a.logits, b.logits) and torch.equal(a.logits, c.logits)
         assert torch.equal(a.skip, c.skip)
+
+
+# --- keys and values that are owed ---------------------------------------------------------------------------
+
+
+def long_skips(model: Any, rows: int, tokens: int) -> Tensor:
+    """Actions [L, rows, tokens]: layers that may skip do so for 5 to 40 tokens on end, all rows alike."""
+    skip = torch.zeros(model.config.layer_count, rows, tokens, dtype=torch.bool)
+    for layer in set(range(model.config.layer_count)) - set(model.config.protected_layers):
+        on_end = (5, 17, 40)[layer % 3]
+        skip[layer] = torch.arange(tokens) % (on_end + 3) < on_end
+    return skip
+
+
+@torch.inference_mode()
+def replayed(
+    model: Any, ids: Tensor, skip: Tensor, between: Callable[[FBSCache, int], FBSCache] = lambda c, t: c
+) -> list[FBSOutput]:  # fmt: skip
+    """A prompt, then a token at a time with these actions; between(cache, t) may do something with the cache."""
+    cache = FBSCache(model.config.layer_count, poison=True)
+    model(ids[:, :START], past_key_values=cache)
+    found = []
+    for t in range(START, ids.shape[1]):
+        cache = between(cache, t)
+        step: Any = {"gates": "replay", "skip": skip[:, :, t - START, None]}
+        found.append(model(ids[:, t : t + 1], past_key_values=cache, **step))
+    return found
+
+
+def owed(cache: FBSCache) -> int:
+    return max(kv.owed.count if kv.owed else 0 for kv in cache.layers)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_skipped_layers_owe_is_paid(
+    family: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of skips longer and shorter than what may be owed, with every layer's memory filled with NaN at first."""
+    model = lively(family)
+    ids = torch.randint(0, VOCAB, (rows, START + 60), generator=torch.Generator().manual_seed(1))
+    skip = long_skips(model, rows, 60)
+    most = []
+
+    def look(cache: FBSCache, t: int) -> FBSCache:
+        most.append(owed(cache))
+        return cache
+
+    ours = replayed(model, ids, skip, look)
+    assert max(most) == 16 // rows and min(most[1:]) >= 0
+    with torch_alone(monkeypatch):
+        assert_equal(ours, replayed(model, ids, skip))
+    monkeypatch.setattr("fbs_rl.model.native_step._MOST_OWED", 0)
+    monkeypatch.setattr("fbs_rl.model.native_step._SHARED_BYTES", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    shared = replayed(model, ids, skip)
+    torch.set_num_threads(threads)
+    assert_equal(ours, shared)
+
+
+@pytest.mark.parametrize(
+    "what", ["torch reads on", "a copy goes on", "rows trade places", "dense for a step"]
+)
+def test_whoever_reads_the_cache_finds_what_was_owed(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lively("qwen3", bias=True)
+    ids = torch.randint(0, VOCAB, (2, START + 30), generator=torch.Generator().manual_seed(2))
+    skip = long_skips(model, 2, 30)
+    if what == "dense for a step":
+        skip[:, :, 4] = False
+    seen = []
+
+    def meddle(cache: FBSCache, t: int) -> FBSCache:
+        if t != START + 4:
+            return cache
+        seen.append(owed(cache))
+        if what == "torch reads on":
+            monkeypatch.setenv(library.SWITCH, "0")
+            library.native_library.cache_clear()
+        elif what == "a copy goes on":
+            return copy.deepcopy(cache)
+        elif what == "rows trade places":
+            cache.reorder_cache(torch.tensor([1, 0]))
+            cache.reorder_cache(torch.tensor([1, 0]))
+        else:
+            before = cache.columns
+            for kv in copy.deepcopy(cache).layers:
+                assert not kv.view()[0].isnan().any()
+            assert cache.columns == before and owed(cache) > 0
+        return cache
+
+    ours = replayed(model, ids, skip, meddle)
+    assert seen == [4]
+    with torch_alone(monkeypatch):
+        assert_equal(ours, replayed(model, ids, skip))
 
 
 def test_bfloat16_rounds_where_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ written, and `poison=True` fills new memory with NaN to prove it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,34 @@ from fbs_rl.types import B_LABEL
 _GROWTH = 256  # columns added at a time; doubling from there
 
 
+@dataclass(slots=True)
+class OwedKeys:
+    """What the newest columns of a layer that all rows skipped will be made of, once somebody reads them.
+
+    project: (normed inputs [B, T, d], (cosine, sine) [B, T, D]) → rotated keys and values [B, G, T, D]. input_CBd,
+    cosine_CBH, sine_CBH: of column C, in float32; H is half of a head. count: columns in use.
+    """
+
+    project: Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+    input_CBd: Tensor
+    cosine_CBH: Tensor
+    sine_CBH: Tensor
+    count: int = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> OwedKeys:
+        """The model behind `project` is not copied."""
+        held = (self.input_CBd.clone(), self.cosine_CBH.clone(), self.sine_CBH.clone())
+        return OwedKeys(self.project, *held, self.count)
+
+    def made(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of the columns in use."""
+        turns = (self.cosine_CBH, self.sine_CBH)
+        cosine, sine = (
+            torch.cat((t, t), dim=-1)[: self.count].transpose(0, 1).to(dtype) for t in turns
+        )
+        return self.project(self.input_CBd[: self.count].transpose(0, 1).to(dtype), (cosine, sine))
+
+
 class LayerKV:
     """Keys and values of one layer in growing buffers."""
 
@@ -28,9 +57,24 @@ class LayerKV:
         self.keys_BGSD: Tensor | None = None
         self.values_BGSD: Tensor | None = None
         self.entry_BS: Tensor | None = None  # None: every entry exists
+        self.owed: OwedKeys | None = None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Write the columns that are owed."""
+        if self.owed is None or not self.owed.count:
+            return
+        assert self.keys_BGSD is not None and self.values_BGSD is not None
+        columns = slice(self.length - self.owed.count, self.length)
+        made = self.owed.made(self.keys_BGSD.dtype)
+        self.keys_BGSD[:, :, columns], self.values_BGSD[:, :, columns] = made
+        if self.entry_BS is not None:
+            self.entry_BS[:, columns] = True
+        self.owed.count = 0
 
     def append(self, key_BGTD: Tensor, value_BGTD: Tensor, exists_BT: Tensor | None) -> None:
         """Add T columns; exists_BT marks which rows have an entry there (None: all)."""
+        self.settle()
         added, start = key_BGTD.shape[2], self.length
         self.reserve(key_BGTD, start + added)
         if exists_BT is not None:
@@ -48,6 +92,7 @@ class LayerKV:
         assert self.keys_BGSD is not None and self.values_BGSD is not None, (
             "read before the first append"
         )
+        self.settle()
         entry = None if self.entry_BS is None else self.entry_BS[:, : self.length]
         return self.keys_BGSD[:, :, : self.length], self.values_BGSD[:, :, : self.length], entry
 
@@ -84,6 +129,8 @@ class LayerKV:
         return new
 
     def select(self, rows: Tensor) -> None:
+        self.settle()
+        self.owed = None  # its rows are other ones now
         for name in ("keys_BGSD", "values_BGSD", "entry_BS"):
             tensor = getattr(self, name)
             if tensor is not None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from fbs_rl.model.chunk_head import close_probability
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.decision import Decider
-from fbs_rl.model.kv_cache import FBSCache
+from fbs_rl.model.kv_cache import FBSCache, LayerKV, OwedKeys
 from fbs_rl.model.layer import FBSLayer
 from fbs_rl.model.native.arguments import fill, linear, structures
 from fbs_rl.model.native.library import native_library
@@ -26,10 +26,13 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 32
 """Beyond it a library's products, which are made for many rows, are faster."""
+_MOST_OWED = 16
+"""Tokens of a row whose keys and values a skipped layer may owe: their product then still costs what its weights do."""
 _SHARED_BYTES = 4 << 20
 """Weights that it takes to share work between threads: for less, waiting for each other costs more."""
 _MODES = {GateMode.DENSE: 0, GateMode.THRESHOLD: 1, GateMode.SAMPLE: 2, GateMode.REPLAY: 3}
 _SUFFIX = {torch.float32: "float", torch.bfloat16: "bf16"}
+_OWES = 2  # what a step says of a layer whose new entry it owes (arguments.h)
 
 
 class NativeStep:
@@ -71,7 +74,7 @@ class NativeStep:
             **_rotation(tokens, config),
             **_bars(decider),
         }
-        entries, caches = self._entries(config, cache, state, decider)
+        entries, caches, most_owed = self._entries(model, cache, state, decider)
         held["entries"] = entries
         before_B1 = None
         chunk_memory = self.chunk_type()
@@ -97,24 +100,33 @@ class NativeStep:
         arguments = fill(
             structures()["StepArguments"](),
             rows=rows, threads=threads_for(self.watch.bytes), mode=_MODES[decider.request.mode], asks=1,
-            temperature=float(window_temperature), cache=ctypes.addressof(caches),
+            temperature=float(window_temperature), most_owed=most_owed, cache=ctypes.addressof(caches),
             chunks=ctypes.addressof(chunk_memory), **held,
         )  # fmt: skip
         arguments.bar_stride = 0 if decider.request.mode is GateMode.THRESHOLD else rows
         self.entry(ctypes.byref(self.weights.arguments), ctypes.byref(arguments))
-        for kv, more in zip(cache.layers, held["added"].tolist(), strict=True):
-            kv.length += more
+        for kv, added in zip(cache.layers, held["added"].tolist(), strict=True):
+            kv.length += added > 0
+            if kv.owed is not None and added:
+                kv.owed.count = kv.owed.count + 1 if added == _OWES else 0
         return _result(model, tokens, decider, held, before_B1)
 
     def _entries(
-        self, config: FBSConfig, cache: FBSCache, state: Tensor, decider: Decider
-    ) -> tuple[Tensor, Any]:
-        """Places in use [L, rows], and every layer's memory with room for one more."""
+        self, model: FBSModel, cache: FBSCache, state: Tensor, decider: Decider
+    ) -> tuple[Tensor, Any, int]:
+        """Places in use [L, rows], every layer's memory with room for one more, and how much of it may be owed."""
+        config = model.config
         like = state.new_empty(len(state), config.num_key_value_heads or 0, 1, config.head_dim or 0)
         disagree = len(state) > 1 and decider.request.mode is not GateMode.DENSE
         caches = self.cache_type()
-        for kv, told in zip(cache.layers, caches, strict=True):
+        owes = config.kv_on_skip == KVPolicy.PROJECT and decider.request.mode is not GateMode.DENSE
+        most_owed = max(_MOST_OWED // len(state), 1) if owes else 0
+        for layer, kv, told in zip(model.fbs_layers(), cache.layers, caches, strict=True):
             kv.reserve(like, kv.length + 1)
+            if owes:
+                _tell_owed(told, layer, kv, state, most_owed)
+            else:
+                kv.settle()
             if disagree and config.kv_on_skip == KVPolicy.NOOP:
                 kv.mark_entries()
             keys, exists = kv.keys_BGSD, kv.entry_BS
@@ -124,7 +136,20 @@ class NativeStep:
             if exists is not None:
                 told.exists, told.exists_stride = exists.data_ptr(), exists.stride(0)
         lengths = torch.tensor([kv.length for kv in cache.layers])
-        return lengths.unsqueeze(1).expand(-1, len(state)).contiguous(), caches
+        return lengths.unsqueeze(1).expand(-1, len(state)).contiguous(), caches, most_owed
+
+
+def _tell_owed(told: Any, layer: FBSLayer, kv: LayerKV, state_B1d: Tensor, most: int) -> None:
+    """Where the layer's owed columns are kept; made on first use."""
+    if kv.owed is None:
+        rows, _, width = state_B1d.shape
+        half = layer.head_dim // 2
+        rooms = (torch.empty(most, rows, numbers) for numbers in (width, half, half))
+        kv.owed = OwedKeys(layer.keys_values, *rooms)
+    fill(
+        told, owed_input=kv.owed.input_CBd, owed_cosine=kv.owed.cosine_CBH, owed_sine=kv.owed.sine_CBH,
+        owed=kv.owed.count,
+    )  # fmt: skip
 
 
 _ready: WeakKeyDictionary[nn.Module, NativeStep] = WeakKeyDictionary()

@@ -40,11 +40,14 @@ struct ModelArguments {
 
 // One layer's cache. Contiguous: keys and values [rows, groups, places, head_dim] by the strides, in numbers;
 // exists marks entries that count, null: all. Paged: blocks of `page` places, found through StepArguments.pages, a
-// value's numbers side by side, a key's too or, with page_columns, `page` apart.
+// value's numbers side by side, a key's too or, with page_columns, `page` apart. owed: how many of the newest places are
+// not written yet, and their normed inputs [places, rows, width] with cosines and sines [places, rows, head_dim / 2].
 struct CacheArguments {
   void *keys, *values;
   unsigned char *exists;
   long long row_stride, head_stride, exists_stride, block_stride;
+  float *owed_input, *owed_cosine, *owed_sine;
+  int owed;
 };
 
 // A chunk layer's memory, in which StepArguments.chunk_row says where each row's is: rings [.., places, width], sums
@@ -57,11 +60,12 @@ struct ChunkArguments {
 
 // mode: 0 nothing skips, 1 p >= bar, 2 bar < p, 3 given. asks: gates are computed; without, 1 skips where bar is
 // -inf. bar: [layers, rows], or one row of it for all (bar_stride 0). never: layers that always run in this call.
-// entries: places in use of each layer and row before this token, [layers, rows]. added: layers in which the step left an
-// entry. prob, skip: [layers, rows]. windows: [looks, rows]; queries, inclusions likewise. boundary: [rows, 5].
+// entries: places in use of each layer and row before this token, [layers, rows]. most_owed: places for which a layer that
+// all rows skip may leave keys and values to a step that needs them. added: 1 for layers in which the step left an entry
+// (and wrote all that was owed), 2 where it owes it. prob, skip: [layers, rows]. windows: [looks, rows]; queries, inclusions likewise. boundary: [rows, 5].
 // closes: the token opens a chunk. closed, open_size, continuable: of the rows' chunks, before and after.
 struct StepArguments {
-  int rows, threads, mode, asks, consensus, page, page_columns;
+  int rows, threads, mode, asks, consensus, page, page_columns, most_owed;
   float temperature;
   long long bar_stride, pages_stride;
   const float *bar, *cosine, *sine;

@@ -1,12 +1,15 @@
 // Part of Walk: the backbone's layer for the rows that run it, the skip path for the others.
 
-// Inputs, queries, keys and values; skipped rows leave theirs where the model says so, or nothing.
+// Inputs, queries, keys and values; skipped rows leave theirs where the model says so, or nothing. Where all rows skip,
+// they are left to the next step that runs the layer, which reads the weights anyway.
 void write_keys(int l, const LayerArguments& w) {
   const int width = m.width, count = run.size();
   skip_path(w);
   if (count) inject(l, w);
   const int with_keys = m.projects ? rows : count;
   if (!with_keys) return;
+  const CacheArguments& c = s.cache[l];
+  if (!count && c.owed < s.most_owed) return owe(l, w);
   for (int j = 0; j < count; j++) {
     float* to = input.data() + (long)j * width;
     if (w.looks || w.reads)
@@ -16,27 +19,61 @@ void write_keys(int l, const LayerArguments& w) {
   }
   for (int j = count; j < with_keys; j++)
     weigh(normed.data() + (long)idle[j - count] * width, w.input_norm, input.data() + (long)j * width);
+  const int owed = c.owed * rows, all = with_keys + owed;
+  std::copy_n(c.owed_input, (long)owed * width, input.data() + (long)with_keys * width);
   const int heads = m.heads * m.head_dim, groups = m.groups * m.head_dim;
   if (count) product(w.query, input.data(), room.query.data(), count, heads, width);
-  product(w.key, input.data(), room.key.data(), with_keys, groups, width);
-  product(w.value, input.data(), room.value.data(), with_keys, groups, width);
+  product(w.key, input.data(), room.key.data(), all, groups, width);
+  product(w.value, input.data(), room.value.data(), all, groups, width);
   wait();
-  for (int j = 0; j < with_keys; j++) {
-    const int r = row_of(j);
+  for (int j = 0; j < with_keys; j++)
     for (int g = 0; g < m.groups; g++)
-      rotate(room.key.data() + (long)j * groups + g * m.head_dim, w.key_norm, r,
+      rotate(room.key.data() + (long)j * groups + g * m.head_dim, w.key_norm, turn_of(row_of(j)),
              key.data() + (long)j * groups + g * m.head_dim);
-  }
   if (me == 0) store(l, with_keys);
-  if (!count) wait();  // where a layer runs, others wait in execute() before these are written again
+  if (owed) pay(l, w, with_keys);
+  if (!count || owed) wait();  // where a layer runs, others wait in execute() before these are written again
+}
+
+// Keep what keys and values will be made of; the next step reads it.
+void owe(int l, const LayerArguments& w) {
+  const CacheArguments& c = s.cache[l];
+  const int half = m.head_dim / 2;
+  if (me == 0) s.added[l] = 2;
+  for (int r = me; r < rows; r += many) {
+    const long at = (long)c.owed * rows + r;
+    weigh(normed.data() + (long)r * m.width, w.input_norm, c.owed_input + at * m.width);
+    std::copy_n(s.cosine + (long)r * half, half, c.owed_cosine + at * half);
+    std::copy_n(s.sine + (long)r * half, half, c.owed_sine + at * half);
+  }
+}
+
+// Entries of earlier steps, which stand behind those of this one in room.key and room.value.
+void pay(int l, const LayerArguments& w, int with_keys) {
+  const CacheArguments& c = s.cache[l];
+  const int owed = c.owed * rows, groups = m.groups * m.head_dim, half = m.head_dim / 2;
+  Floats turned(groups);
+  for (int i = first(owed); i < last(owed); i++) {
+    const int r = i % rows;
+    const long from = (long)(with_keys + i) * groups;
+    const Turn turn = {c.owed_cosine + (long)i * half, c.owed_sine + (long)i * half};
+    for (int g = 0; g < m.groups; g++)
+      rotate(room.key.data() + from + g * m.head_dim, w.key_norm, turn, turned.data() + g * m.head_dim);
+    put(c, r, s.entries[(long)l * rows + r] - c.owed + i / rows, turned.data(), room.value.data() + from);
+  }
 }
 
 int row_of(int j) const { return j < (int)run.size() ? run[j] : idle[j - run.size()]; }
 
+struct Turn {  // of a position
+  const float *cosine, *sine;
+};
+Turn turn_of(int r) const { return {s.cosine + (long)r * (m.head_dim / 2), s.sine + (long)r * (m.head_dim / 2)}; }
+
 // Norm of a head, where the family has one, and rotation.
-void rotate(const float* in, const void* weight, int r, float* out) const {
+void rotate(const float* in, const void* weight, const Turn& turn, float* out) const {
   const int half = m.head_dim / 2;
-  const float *cosine = s.cosine + (long)r * half, *sine = s.sine + (long)r * half;
+  const float *cosine = turn.cosine, *sine = turn.sine;
   float normed_head[512];
   if (weight) {
     norm(in, weight, normed_head, m.head_dim);
@@ -66,20 +103,25 @@ void store(int l, int with_keys) {
     }
   for (int j = 0; j < with_keys; j++) {
     const int r = row_of(j);
-    const long long at = s.entries[(long)l * rows + r];
-    if (!s.page && c.exists) c.exists[r * c.exists_stride + at] = 1;
-    for (int g = 0; g < m.groups; g++) {
-      const float *k = key.data() + (long)j * groups + g * dim, *v = room.value.data() + (long)j * groups + g * dim;
-      long long start = r * c.row_stride + g * c.head_stride, place = at;
-      if (s.page) {
-        start = page_of(r, at) * c.block_stride + g * c.head_stride;
-        place = at % s.page;
-      }
-      for (int i = 0; i < dim; i++) {
-        const long long key_at = s.page && s.page_columns ? i * (long long)s.page + place : place * dim + i;
-        narrow(k[i], (T*)c.keys + start + key_at);
-        narrow(v[i], (T*)c.values + start + place * dim + i);
-      }
+    put(c, r, s.entries[(long)l * rows + r], key.data() + (long)j * groups, room.value.data() + (long)j * groups);
+  }
+}
+
+// Keys and values of one row's entry, all groups.
+void put(const CacheArguments& c, int r, long long at, const float* keys, const float* values) const {
+  const int dim = m.head_dim;
+  if (!s.page && c.exists) c.exists[r * c.exists_stride + at] = 1;
+  for (int g = 0; g < m.groups; g++) {
+    const float *k = keys + g * dim, *v = values + g * dim;
+    long long start = r * c.row_stride + g * c.head_stride, place = at;
+    if (s.page) {
+      start = page_of(r, at) * c.block_stride + g * c.head_stride;
+      place = at % s.page;
+    }
+    for (int i = 0; i < dim; i++) {
+      const long long key_at = s.page && s.page_columns ? i * (long long)s.page + place : place * dim + i;
+      narrow(k[i], (T*)c.keys + start + key_at);
+      narrow(v[i], (T*)c.values + start + place * dim + i);
     }
   }
 }
@@ -148,7 +190,7 @@ void attend_head(int l, const LayerArguments& w, int item) {
   const int r = run[j], groups = m.groups * dim;
   const long long count = s.entries[(long)l * rows + r];
   float query[512];
-  rotate(room.query.data() + (long)j * m.heads * dim + head * dim, w.query_norm, r, query);
+  rotate(room.query.data() + (long)j * m.heads * dim + head * dim, w.query_norm, turn_of(r), query);
   const long long start = s.page ? 0 : r * c.row_stride + group * c.head_stride;
   const Entries<T> in = {
       (const T*)c.keys + start, (const T*)c.values + start,

@@ -5,7 +5,7 @@
 
 template <class T>
 static void run(const ModelArguments& m, const StepArguments& s) {
-  Room room(m, s.rows, s.threads);
+  Room room(m, s.rows, s.threads, s.most_owed);
 #pragma omp parallel num_threads(s.threads)
   {
     Walk<T> walk(m, s, room, omp_get_thread_num(), omp_get_num_threads());

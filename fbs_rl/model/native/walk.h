@@ -43,11 +43,11 @@ struct Room {
   std::vector<int> found;
   std::vector<float> found_score;
 
-  Room(const ModelArguments& m, int rows, int threads) {
+  Room(const ModelArguments& m, int rows, int threads, int most_owed) {
     const long heads = (long)m.heads * m.head_dim, groups = (long)m.groups * m.head_dim;
     for (Floats* one : {&state[0], &state[1], &injected, &middle}) one->resize(rows * m.width);
     query.resize((long)rows * heads), attended.resize((long)rows * heads);
-    key.resize((long)rows * groups), value.resize((long)rows * groups);
+    for (Floats* one : {&key, &value}) one->resize((long)rows * (1 + most_owed) * groups);
     active.resize((long)rows * m.inner);
     reduced.resize((long)rows * (m.gate_residual + m.gate_preview + 1)), adapter.resize((long)rows * (m.adapter_rank + 1));
     preview_query.resize((long)rows * m.rank), window.resize((long)rows * m.window_hidden);
@@ -77,7 +77,7 @@ struct Walk {
 
   Walk(const ModelArguments& m, const StepArguments& s, Room& room, int me, int many)
       : m(m), s(s), room(room), me(me), many(many), rows(s.rows) {
-    normed.resize((long)rows * m.width), input.resize((long)rows * m.width);
+    normed.resize((long)rows * m.width), input.resize((long)rows * (1 + s.most_owed) * m.width);
     features.resize(m.gate_residual + m.gate_preview + 3 + m.gate_hidden);
     inclusion.resize((long)rows * m.horizons), shortlist.resize((long)rows * m.shortlist);
     key.resize((long)rows * m.groups * m.head_dim);
