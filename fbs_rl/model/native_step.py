@@ -144,8 +144,8 @@ def _tell_owed(told: Any, layer: FBSLayer, kv: LayerKV, state_B1d: Tensor, most:
     if kv.owed is None:
         rows, _, width = state_B1d.shape
         half = layer.head_dim // 2
-        rooms = (torch.empty(most, rows, numbers) for numbers in (width, half, half))
-        kv.owed = OwedKeys(layer.keys_values, *rooms)
+        inputs, cosine, sine = (torch.empty(most, rows, n) for n in (width, half, half))
+        kv.owed = OwedKeys(layer.keys_values, inputs, cosine, sine)
     fill(
         told, owed_input=kv.owed.input_CBd, owed_cosine=kv.owed.cosine_CBH, owed_sine=kv.owed.sine_CBH,
         owed=kv.owed.count,
