@@ -188,7 +188,9 @@ class FBSModel(FBSPreTrainedModel):
             )
         for t in range(prompt, length):
             token, decides = _columns(tokens, t, t + 1), _narrow(decider, t, t + 1)
-            native = native_step(self, token) if skipping is SkippingRows.DROPPED else None
+            native = None
+            if skipping is SkippingRows.DROPPED:
+                native = native_step(self, token, cache)
             if native is not None:
                 parts.append(native.run(self, token, decides, temperature, cache))
             else:

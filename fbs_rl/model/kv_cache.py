@@ -207,6 +207,7 @@ class FBSCache:
         self.decode_start_B: Tensor | None = None
         self.chunks: ChunkState | None = None
         self.segments: Tensor | None = None
+        self.native: object = None  # what the compiled step keeps of it
 
     def chunk_state(self, batch: int, device: torch.device) -> ChunkState:
         """Where the rows stand in their chunks; made on first use."""

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fbs_rl.model.chunk_head import close_probability
-from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.decision import Decider
-from fbs_rl.model.kv_cache import FBSCache, LayerKV, OwedKeys
+from fbs_rl.model.kv_cache import FBSCache
 from fbs_rl.model.layer import FBSLayer
 from fbs_rl.model.native.arguments import fill, linear, structures
 from fbs_rl.model.native.library import native_library
 from fbs_rl.model.native.weights import NativeWeights, Watch, is_supported
+from fbs_rl.model.native_memory import NativeMemory
 from fbs_rl.model.sequence_pass import PassResult, Tokens
 from fbs_rl.types import ChunkTap, GateMode, KVPolicy, PassTaps, PreviewTap
 
@@ -32,14 +31,13 @@ _SHARED_BYTES = 4 << 20
 """Weights that it takes to share work between threads: for less, waiting for each other costs more."""
 _MODES = {GateMode.DENSE: 0, GateMode.THRESHOLD: 1, GateMode.SAMPLE: 2, GateMode.REPLAY: 3}
 _SUFFIX = {torch.float32: "float", torch.bfloat16: "bf16"}
-_OWES = 2  # what a step says of a layer whose new entry it owes (arguments.h)
 
 
 class NativeStep:
     """One model's weights, ready for the compiled step. The buffers of a step are made anew each time."""
 
     def __init__(self, model: FBSModel, library: ctypes.CDLL, watch: Watch) -> None:
-        config = model.config
+        config = self.config = model.config
         (self.dtype, _), *_ = watch.kinds
         self.watch, self.entry = watch, entry_point(library, self.dtype)
         layers = list(model.fbs_layers())
@@ -47,37 +45,45 @@ class NativeStep:
             config, ((layer, _backbone_parts(layer)) for layer in layers), layers[0].self_attn.scaling,
             model.preview, model.boundary,
         )  # fmt: skip
-        self.cache_type: Any = structures()["CacheArguments"] * len(layers)
-        self.chunk_type: Any = structures()["ChunkArguments"] * len(layers)
+        # Reading an option of a configuration takes microseconds.
+        self.layers, self.looks = len(layers), config.preview_layers
+        self.horizon, self.rank = config.paw_horizon, config.paw_rank
+        self.key_shape = config.num_key_value_heads or 0, 1, config.head_dim or 0
+        self.projects = config.kv_on_skip == KVPolicy.PROJECT
+        self.never: tuple[frozenset[int], Tensor] = (
+            frozenset(),
+            torch.zeros(self.layers, dtype=torch.bool),
+        )
 
     def run(
         self, model: FBSModel, tokens: Tokens, decider: Decider, window_temperature: float, cache: FBSCache
     ) -> PassResult:  # fmt: skip
         """As step_pass.run_step."""
-        config, state = model.config, tokens.state_BTd.contiguous()
-        layers, rows = config.layer_count, len(state)
-        looks = config.preview_layers
+        state, mode = tokens.state_BTd.contiguous(), decider.request.mode
+        layers, rows, looks = self.layers, len(state), len(self.looks)
         if model.preview is not None:
             self.weights.tell_derived(model.preview, model.embed_tokens.weight)
+        memory = self._memory(model, cache, state)
+        owes = self.projects and mode is not GateMode.DENSE
+        disagrees = rows > 1 and mode is not GateMode.DENSE and not self.projects
         held: dict[str, Any] = {
             "input": state,
             "output": torch.empty_like(state),
             "prob": torch.empty(layers, rows, 1),
             "skip": torch.empty(layers, rows, 1, dtype=torch.bool),
-            "windows": torch.empty(len(looks), rows, 1),
-            "queries": torch.empty(len(looks), rows, 1, config.paw_rank),
-            "inclusions": torch.empty(len(looks), rows, 1, config.paw_horizon),
+            "windows": torch.empty(looks, rows, 1),
+            "queries": torch.empty(looks, rows, 1, self.rank),
+            "inclusions": torch.empty(looks, rows, 1, self.horizon),
             "boundary": torch.empty(rows, 1, 5),
+            "close_prob": torch.empty(rows, 1),
             "closes": torch.empty(rows, 1, dtype=torch.bool),
             "added": torch.zeros(layers, dtype=torch.uint8),
-            "never": torch.tensor([i in decider.forced for i in range(layers)]),
-            **_rotation(tokens, config),
+            "never": self._never(decider.forced),
+            "entries": memory.prepare(cache, owes, disagrees),
+            **_rotation(tokens, self.key_shape[-1]),
             **_bars(decider),
         }
-        entries, caches, most_owed = self._entries(model, cache, state, decider)
-        held["entries"] = entries
         before_B1 = None
-        chunk_memory = self.chunk_type()
         if model.boundary is not None:
             chunks = cache.chunk_state(rows, state.device)
             before_B1 = chunks.closed_B.unsqueeze(1)
@@ -90,73 +96,54 @@ class NativeStep:
                 "continuable": chunks.continuable_B,
                 "chunk_row": torch.arange(rows),
             }
-            for index in config.reader_layers:
-                layer: Any = model.layers[index]
-                ring = cache.ring(index, layer.chunk_reader, state[:, 0])
-                fill(
-                    chunk_memory[index], keys=ring.key_BCW, values=ring.value_BCW, open_sum=ring.open_sum_Bd,
-                    ring_stride=ring.key_BCW.stride(0),
-                )  # fmt: skip
+            memory.prepare_chunks(cache, state[:, 0])
         arguments = fill(
             structures()["StepArguments"](),
-            rows=rows, threads=threads_for(self.watch.bytes), mode=_MODES[decider.request.mode], asks=1,
-            temperature=float(window_temperature), most_owed=most_owed, cache=ctypes.addressof(caches),
-            chunks=ctypes.addressof(chunk_memory), **held,
+            rows=rows, threads=threads_for(self.watch.bytes), mode=_MODES[mode], asks=1,
+            temperature=float(window_temperature), most_owed=memory.most_owed if owes else 0,
+            bar_stride=0 if mode is GateMode.THRESHOLD else rows, **memory.addresses, **held,
         )  # fmt: skip
-        arguments.bar_stride = 0 if decider.request.mode is GateMode.THRESHOLD else rows
         self.entry(ctypes.byref(self.weights.arguments), ctypes.byref(arguments))
-        for kv, added in zip(cache.layers, held["added"].tolist(), strict=True):
-            kv.length += added > 0
-            if kv.owed is not None and added:
-                kv.owed.count = kv.owed.count + 1 if added == _OWES else 0
-        return _result(model, tokens, decider, held, before_B1)
+        memory.keep(cache, held["added"])
+        return self._result(tokens, decider, held, before_B1)
 
-    def _entries(
-        self, model: FBSModel, cache: FBSCache, state: Tensor, decider: Decider
-    ) -> tuple[Tensor, Any, int]:
-        """Places in use [L, rows], every layer's memory with room for one more, and how much of it may be owed."""
-        config = model.config
-        like = state.new_empty(len(state), config.num_key_value_heads or 0, 1, config.head_dim or 0)
-        disagree = len(state) > 1 and decider.request.mode is not GateMode.DENSE
-        caches = self.cache_type()
-        owes = config.kv_on_skip == KVPolicy.PROJECT and decider.request.mode is not GateMode.DENSE
-        most_owed = max(_MOST_OWED // len(state), 1) if owes else 0
-        for layer, kv, told in zip(model.fbs_layers(), cache.layers, caches, strict=True):
-            kv.reserve(like, kv.length + 1)
-            if owes:
-                _tell_owed(told, layer, kv, state, most_owed)
-            else:
-                kv.settle()
-            if disagree and config.kv_on_skip == KVPolicy.NOOP:
-                kv.mark_entries()
-            keys, exists = kv.keys_BGSD, kv.entry_BS
-            assert keys is not None and kv.values_BGSD is not None
-            told.keys, told.values = keys.data_ptr(), kv.values_BGSD.data_ptr()
-            told.row_stride, told.head_stride = keys.stride(0), keys.stride(1)
-            if exists is not None:
-                told.exists, told.exists_stride = exists.data_ptr(), exists.stride(0)
-        lengths = torch.tensor([kv.length for kv in cache.layers])
-        return lengths.unsqueeze(1).expand(-1, len(state)).contiguous(), caches, most_owed
+    def _memory(self, model: FBSModel, cache: FBSCache, state_B1d: Tensor) -> NativeMemory:
+        """The cache as it was told of at the step before, if it is the same rows'."""
+        memory = cache.native
+        if not isinstance(memory, NativeMemory) or memory.rows != len(state_B1d):
+            like = state_B1d.new_empty(len(state_B1d), *self.key_shape)
+            most_owed = max(_MOST_OWED // len(state_B1d), 1) if self.projects else 0
+            memory = cache.native = NativeMemory(model, like, most_owed)
+        return memory
 
+    def _never(self, forced: frozenset[int]) -> Tensor:
+        if self.never[0] != forced:
+            self.never = forced, torch.tensor([i in forced for i in range(self.layers)])
+        return self.never[1]
 
-def _tell_owed(told: Any, layer: FBSLayer, kv: LayerKV, state_B1d: Tensor, most: int) -> None:
-    """Where the layer's owed columns are kept; made on first use."""
-    if kv.owed is None:
-        rows, _, width = state_B1d.shape
-        half = layer.head_dim // 2
-        inputs, cosine, sine = (torch.empty(most, rows, n) for n in (width, half, half))
-        kv.owed = OwedKeys(layer.keys_values, inputs, cosine, sine)
-    fill(
-        told, owed_input=kv.owed.input_CBd, owed_cosine=kv.owed.cosine_CBH, owed_sine=kv.owed.sine_CBH,
-        owed=kv.owed.count,
-    )  # fmt: skip
+    def _result(
+        self, tokens: Tokens, decider: Decider, held: dict[str, Any], before_B1: Tensor | None
+    ) -> PassResult:
+        output = held["output"]
+        taps = PassTaps(gated_BT=decider.gated_BT, valid_BT=tokens.valid_BT, final_state_BTd=output)
+        queries, windows = held["queries"].to(output.dtype).unbind(), held["windows"].unbind()
+        seen = zip(self.looks, queries, windows, held["inclusions"].unbind(), strict=True)
+        taps.previews = [PreviewTap(*each) for each in seen]
+        if before_B1 is not None:
+            logits, blank = held["boundary"].split((4, 1), dim=-1)
+            taps.chunks = ChunkTap(
+                logits, blank.squeeze(-1), held["close_prob"], held["closes"], before_B1
+            )
+        return PassResult(output, held["prob"], held["skip"], taps)
 
 
 _ready: WeakKeyDictionary[nn.Module, NativeStep] = WeakKeyDictionary()
 
 
-def native_step(model: FBSModel, tokens: Tokens) -> NativeStep | None:
-    """The compiled step of this model, if it can run these tokens."""
+def native_step(
+    model: FBSModel, tokens: Tokens, cache: FBSCache | None = None
+) -> NativeStep | None:
+    """The compiled step of this model, if it can run these tokens. cache: what they follow."""
     state = tokens.state_BTd
     if state.device.type != "cpu" or len(state) > MOST_ROWS or tokens.valid_BT is not None:
         return None
@@ -166,7 +153,8 @@ def native_step(model: FBSModel, tokens: Tokens) -> NativeStep | None:
     if library is None or not is_supported(model.config):
         return None
     found = _ready.get(model)
-    if found is None or not found.watch.unchanged():
+    goes_on = cache is not None and cache.native is not None
+    if found is None or not found.watch.unchanged(briefly=goes_on):
         watch = Watch(model)
         kinds = watch.kinds
         if len(kinds) != 1 or next(iter(kinds)) not in {(d, "cpu") for d in _SUFFIX}:
@@ -230,8 +218,8 @@ def _backbone_parts(layer: FBSLayer) -> dict[str, Any]:
     return parts
 
 
-def _rotation(tokens: Tokens, config: FBSConfig) -> dict[str, Tensor]:
-    half = (config.head_dim or 0) // 2
+def _rotation(tokens: Tokens, head_dim: int) -> dict[str, Tensor]:
+    half = head_dim // 2
     return {
         name: part[:, 0, :half].float().expand(len(tokens.state_BTd), -1).contiguous()
         for name, part in zip(("cosine", "sine"), tokens.rope, strict=True)
@@ -250,30 +238,3 @@ def _bars(decider: Decider) -> dict[str, Tensor]:
         assert decider.request.skip_LBT is not None
         return {"given": decider.request.skip_LBT.contiguous()}
     return {}
-
-
-def _result(
-    model: FBSModel,
-    tokens: Tokens,
-    decider: Decider,
-    held: dict[str, Any],
-    before_B1: Tensor | None,
-) -> PassResult:
-    taps = PassTaps(
-        gated_BT=decider.gated_BT, valid_BT=tokens.valid_BT, final_state_BTd=held["output"]
-    )
-    parts = (held["queries"].to(held["output"].dtype), held["windows"], held["inclusions"])
-    taps.previews = [
-        PreviewTap(layer, query, window, inclusion)
-        for layer, query, window, inclusion in zip(model.config.preview_layers, *parts, strict=True)
-    ]
-    if before_B1 is not None:
-        logits = held["boundary"]
-        taps.chunks = ChunkTap(
-            logits[..., :4],
-            logits[..., 4],
-            close_probability(logits[..., :4]),
-            held["closes"],
-            before_B1,
-        )
-    return PassResult(held["output"], held["prob"], held["skip"], taps)

@@ -26,11 +26,16 @@ def structures() -> dict[str, type[ctypes.Structure]]:
 
 def fill(structure: Any, **values: Any) -> Any:
     """The structure with these fields set: numbers, None, or tensors, whose addresses are meant."""
-    names = {field[0] for field in structure._fields_}
+    names = _field_names(type(structure))
     for name, value in values.items():
         assert name in names, f"{type(structure).__name__} has no {name}"
         setattr(structure, name, value.data_ptr() if isinstance(value, Tensor) else value)
     return structure
+
+
+@lru_cache
+def _field_names(kind: Any) -> frozenset[str]:
+    return frozenset(field[0] for field in kind._fields_)
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Any:

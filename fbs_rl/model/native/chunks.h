@@ -6,6 +6,7 @@ void find_chunks() {
     float logit[5];
     multiply<T>(m.boundary, normed.data() + (long)r * m.width, m.width, logit, 5, 1, m.width, 0, 5);
     if (me == 0) std::copy(logit, logit + 5, s.boundary + 5l * r);
+    if (me == 0 && s.close_prob) s.close_prob[r] = close_probability(logit);
     int label = 0;
     for (int i = 1; i < 4; i++)
       if (logit[i] > logit[label]) label = i;
@@ -15,6 +16,13 @@ void find_chunks() {
   }
 }
 int labels[MOST_ROWS];
+
+// 1 - p(I), of B, I, O, S.
+static float close_probability(const float* logit) {
+  float most = *std::max_element(logit, logit + 4), sum = 0.0f;
+  for (int i = 0; i < 4; i++) sum += expf(logit[i] - most);
+  return 1.0f - expf(logit[1] - most) / sum;
+}
 
 // Moves the rows' counts on, once nobody reads them any more.
 void count_chunks() {

@@ -19,45 +19,84 @@ static inline float dot(const T* w, const float* x, int k) {
   return sum;
 }
 
-// One output for ROWS rows: weights come in one stream, which memory serves fastest, and stay in registers for all rows.
-template <class T, int ROWS>
-static inline void dots(const T* w, const float* x, int ldx, float* sum, int k) {
-  f8 acc[ROWS];
-  for (int r = 0; r < ROWS; r++) acc[r] = all8(0.0f);
+// Bytes by which weights are asked for ahead, into the second cache: where several rows are multiplied, the processor
+// does not see far enough ahead by itself.
+static const long AHEAD = 16 << 10;
+// Rows that two outputs at a time are made for: a weight and an input then serve as many products as registers hold.
+static const int PAIRED = 8;
+// Outputs whose weights stay near until all rows have read them.
+static const int GROUP = 16;
+
+// OUTS outputs, whose weights lie behind each other, for ROWS rows: sum[o * ROWS + r]. ahead: what to ask for meanwhile.
+template <class T, int OUTS, int ROWS>
+static inline void dots(const T* w, const float* x, int ldx, float* sum, int k, const char* ahead) {
+  f8 acc[OUTS][ROWS];
+  for (int o = 0; o < OUTS; o++)
+    for (int r = 0; r < ROWS; r++) acc[o][r] = all8(0.0f);
   int j = 0;
   for (; j + 8 <= k; j += 8) {
-    const f8 weight = load8(w + j);
-    for (int r = 0; r < ROWS; r++) acc[r] += weight * load8(x + (long)r * ldx + j);
+    f8 weight[OUTS];
+    for (int o = 0; o < OUTS; o++) weight[o] = load8(w + (long)o * k + j);
+    __builtin_prefetch(ahead + (long)OUTS * j * sizeof(T), 0, 2);
+    for (int r = 0; r < ROWS; r++) {
+      const f8 given = load8(x + (long)r * ldx + j);
+      for (int o = 0; o < OUTS; o++) acc[o][r] += weight[o] * given;
+    }
   }
-  for (int r = 0; r < ROWS; r++) {
-    sum[r] = sum8(acc[r]);
-    for (int t = j; t < k; t++) sum[r] += widen(w[t]) * x[(long)r * ldx + t];
+  for (int o = 0; o < OUTS; o++)
+    for (int r = 0; r < ROWS; r++) {
+      float& to = sum[o * ROWS + r] = sum8(acc[o][r]);
+      for (int t = j; t < k; t++) to += widen(w[(long)o * k + t]) * x[(long)r * ldx + t];
+    }
+}
+
+// y[r][o] of ROWS rows for outputs of [first, last), with their bias, rounded. ends: where the caller's weights do.
+template <class T, int ROWS>
+static __attribute__((noinline)) void block(
+    const Linear& m, const float* x, int ldx, float* y, int ldy, int k, int first, int last, const char* ends) {
+  const T *w = (const T*)m.weight, *b = (const T*)m.bias;
+  const auto leave = [&](int o, int r, float made) {
+    y[(long)r * ldy + o] = rounded<T>(b ? made + widen(b[o]) : made);
+  };
+  float sum[2 * ROWS];
+  int o = first;
+  const auto ahead = [&](const T* row) {
+    const char* far = (const char*)row + AHEAD;
+    return far < ends ? far : (const char*)row;
+  };
+  if (ROWS == 1)
+    for (; o < last; o++) leave(o, 0, dot(w + (long)o * k, x, k));
+  for (; ROWS == PAIRED && o + 2 <= last; o += 2) {
+    const T* row = w + (long)o * k;
+    dots<T, 2, ROWS>(row, x, ldx, sum, k, ahead(row));
+    for (int r = 0; r < ROWS; r++) leave(o, r, sum[r]), leave(o + 1, r, sum[ROWS + r]);
+  }
+  for (; o < last; o++) {
+    const T* row = w + (long)o * k;
+    dots<T, 1, ROWS>(row, x, ldx, sum, k, ahead(row));
+    for (int r = 0; r < ROWS; r++) leave(o, r, sum[r]);
   }
 }
 
 // y[r][i] for outputs i of [first, last): the products, with their bias, rounded.
 template <class T>
 static void multiply(const Linear& m, const float* x, int ldx, float* y, int ldy, int rows, int k, int first, int last) {
-  const T *w = (const T*)m.weight, *b = (const T*)m.bias;
-  const auto leave = [&](int r, int i, float s) {
-    y[(long)r * ldy + i] = rounded<T>(b ? s + widen(b[i]) : s);
-  };
-  float sum[8];
-  // Of many rows some inputs at a time, which then stay near for several outputs.
-  const int together = rows > 8 ? 16 : 1;
-  for (int i = first; i < last; i += together) {
-    const int end = i + together < last ? i + together : last;
+  const char* ends = (const char*)((const T*)m.weight + (long)last * k);
+  const int group = rows <= PAIRED ? last - first : GROUP;
+  for (int i = first; i < last; i += group) {
+    const int stop = i + group < last ? i + group : last;
     for (int r = 0; r < rows;) {
       const float* from = x + (long)r * ldx;
-      const int some = rows - r >= 8 ? 8 : rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
-      for (int o = i; o < end; o++) {
-        const T* row = w + (long)o * k;
-        if (some == 8) dots<T, 8>(row, from, ldx, sum, k);
-        if (some == 4) dots<T, 4>(row, from, ldx, sum, k);
-        if (some == 2) dots<T, 2>(row, from, ldx, sum, k);
-        if (some == 1) sum[0] = dot(row, from, k);
-        for (int q = 0; q < some; q++) leave(r + q, o, sum[q]);
-      }
+      float* to = y + (long)r * ldy;
+      const int left = rows - r, some = left >= PAIRED ? PAIRED : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      if (some == PAIRED)
+        block<T, PAIRED>(m, from, ldx, to, ldy, k, i, stop, ends);
+      else if (some == 4)
+        block<T, 4>(m, from, ldx, to, ldy, k, i, stop, ends);
+      else if (some == 2)
+        block<T, 2>(m, from, ldx, to, ldy, k, i, stop, ends);
+      else
+        block<T, 1>(m, from, ldx, to, ldy, k, i, stop, ends);
       r += some;
     }
   }
