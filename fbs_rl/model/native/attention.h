@@ -3,19 +3,6 @@
 #include "arguments.h"
 #include "numbers.h"
 
-// Sums of eight vectors, side by side.
-static inline f8 sums8(const f8* v) {
-  const u8 even = {0, 8, 2, 10, 4, 12, 6, 14}, odd = {1, 9, 3, 11, 5, 13, 7, 15};
-  f8 a[4], b[2];
-  for (int i = 0; i < 4; i++)
-    a[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
-  const u8 low = {0, 1, 8, 9, 4, 5, 12, 13}, high = {2, 3, 10, 11, 6, 7, 14, 15};
-  for (int i = 0; i < 2; i++)
-    b[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], low) + __builtin_shuffle(a[2 * i], a[2 * i + 1], high);
-  const u8 first = {0, 1, 2, 3, 8, 9, 10, 11}, second = {4, 5, 6, 7, 12, 13, 14, 15};
-  return __builtin_shuffle(b[0], b[1], first) + __builtin_shuffle(b[0], b[1], second);
-}
-
 // Scores of `count` entries whose keys lie side by side.
 template <class T>
 static void score_rows(const T* keys, const float* q, float* score, int count, int dim) {

@@ -43,11 +43,14 @@ static inline void dots(const T* w, const float* x, int ldx, float* sum, int k, 
       for (int o = 0; o < OUTS; o++) acc[o][r] += weight[o] * given;
     }
   }
-  for (int o = 0; o < OUTS; o++)
-    for (int r = 0; r < ROWS; r++) {
-      float& to = sum[o * ROWS + r] = sum8(acc[o][r]);
-      for (int t = j; t < k; t++) to += widen(w[(long)o * k + t]) * x[(long)r * ldx + t];
-    }
+  for (int o = 0; o < OUTS; o++) {
+    if (ROWS == 8)
+      store8(sum + o * ROWS, sums8(acc[o]));
+    else
+      for (int r = 0; r < ROWS; r++) sum[o * ROWS + r] = sum8(acc[o][r]);
+    for (int r = 0; r < ROWS && j < k; r++)
+      for (int t = j; t < k; t++) sum[o * ROWS + r] += widen(w[(long)o * k + t]) * x[(long)r * ldx + t];
+  }
 }
 
 // y[r][o] of ROWS rows for outputs of [first, last), with their bias, rounded. ends: where the caller's weights do.
