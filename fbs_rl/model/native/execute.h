@@ -208,11 +208,14 @@ void gate_up(const LayerArguments& w) {
   gate_room.resize((long)count * inner), up_room.resize((long)count * inner);
   multiply<T>(w.gate, input.data(), m.width, gate_room.data(), inner, count, m.width, from, to);
   multiply<T>(w.up, input.data(), m.width, up_room.data(), inner, count, m.width, from, to);
-  for (int j = 0; j < count; j++)
-    for (int i = from; i < to; i++) {
-      const long at = (long)j * inner + i;
-      room.active[at] = rounded<T>(silu<T>(gate_room[at]) * up_room[at]);
-    }
+  for (int j = 0; j < count; j++) {
+    const float *gate = gate_room.data() + (long)j * inner, *up = up_room.data() + (long)j * inner;
+    float* active = room.active.data() + (long)j * inner;
+    int i = from;
+    for (; i + 8 <= to; i += 8) store8(active + i, silu8(load8(gate + i)));
+    for (; i < to; i++) active[i] = silu<T>(gate[i]);
+    for (i = from; i < to; i++) active[i] = rounded<T>(rounded<T>(active[i]) * up[i]);
+  }
 }
 
 // The skipped rows' states after the layer.

@@ -20,8 +20,9 @@ void look(int l, const LayerArguments& w) {
   for (int r = 0; r < rows; r++)
     for (int h = first(m.horizons); h < last(m.horizons); h++) expect(r, h);
   wait();
-  const int groups = m.mixes ? m.rank / 16 : m.rank;
-  for (int r = 0; r < rows; r++) pool(w, r, first(groups), last(groups));
+  const int groups = m.rank / 16;
+  for (int g = first(groups); g < last(groups) && m.mixes; g++) pool_mixed(w, g);
+  for (int r = 0; r < rows && !m.mixes; r++) pool_plain(r, first(m.rank), last(m.rank));
   wait();
   if (me == 0)
     std::copy(room.preview_query.begin(), room.preview_query.begin() + (long)rows * m.rank,
@@ -148,36 +149,53 @@ void expect(int r, int h) {
   for (int j = 0; j < m.rank; j++) out[j] = rounded<T>(out[j]);
 }
 
-// Groups of 16 channels through the convolution over horizons (or single channels without it), then the mean.
-void pool(const LayerArguments& w, int r, int from, int to) {
-  const int size = m.mixes ? 16 : 1, horizons = m.horizons;
-  const T *mix = (const T*)w.mix, *bias = (const T*)w.mix_bias;
-  const float* alpha = inclusion.data() + (long)r * horizons;
-  const float* expected = room.expected.data() + (long)r * horizons * m.rank;
-  float total = 0.0f;
-  for (int h = 0; h < horizons; h++) total += rounded<T>(alpha[h]);
-  total = rounded<T>(rounded<T>(total) + 1e-6f);
-  Floats weighed((long)horizons * size);
-  for (int g = from; g < to; g++) {
-    for (int h = 0; h < horizons; h++)
-      for (int i = 0; i < size; i++)
-        weighed[h * size + i] = rounded<T>(expected[(long)h * m.rank + g * size + i] * rounded<T>(alpha[h]));
-    for (int o = 0; o < size; o++) {
-      float sum = 0.0f;
-      for (int h = 0; h < horizons; h++) {
-        float one = weighed[h * size + o];
-        if (m.mixes) {
-          one = widen(bias[g * size + o]);
-          for (int i = 0; i < size; i++) {
-            const T* taps = mix + ((long)(g * size + o) * size + i) * 3;
-            for (int t = 0; t < 3; t++)
-              if (h + t >= 1 && h + t <= horizons) one += widen(taps[t]) * weighed[(h + t - 1) * size + i];
-          }
-          one = rounded<T>(silu<T>(rounded<T>(one)) * rounded<T>(alpha[h]));
-        }
-        sum += one;
-      }
-      room.pooled[(long)r * m.rank + g * size + o] = rounded<T>(rounded<T>(sum) / total);
-    }
+// Channels [from, to) of a row through the mean over horizons, where nothing mixes them.
+void pool_plain(int r, int from, int to) {
+  const float* alpha = inclusion.data() + (long)r * m.horizons;
+  const float total = weight_of(alpha);
+  for (int c = from; c < to; c++) {
+    float sum = 0.0f;
+    for (int h = 0; h < m.horizons; h++) sum += rounded<T>(expected_of(r, h)[c] * rounded<T>(alpha[h]));
+    room.pooled[(long)r * m.rank + c] = rounded<T>(rounded<T>(sum) / total);
   }
 }
+
+// A group of 16 channels of all rows through the convolution over horizons, then the mean.
+void pool_mixed(const LayerArguments& w, int group) {
+  const int size = 16, horizons = m.horizons, at = group * size;
+  const T *mix = (const T*)w.mix + (long)at * size * 3, *bias = (const T*)w.mix_bias + at;
+  float taps[size][3][size], start[size];  // by input, place and output
+  for (int o = 0; o < size; o++) {
+    start[o] = widen(bias[o]);
+    for (int i = 0; i < size; i++)
+      for (int t = 0; t < 3; t++) taps[i][t][o] = widen(mix[((long)o * size + i) * 3 + t]);
+  }
+  Floats weighed((long)horizons * size);
+  for (int r = 0; r < rows; r++) {
+    const float* alpha = inclusion.data() + (long)r * horizons;
+    const float total = weight_of(alpha);
+    for (int h = 0; h < horizons; h++)
+      for (int i = 0; i < size; i++)
+        weighed[h * size + i] = rounded<T>(expected_of(r, h)[at + i] * rounded<T>(alpha[h]));
+    float sum[size] = {};
+    for (int h = 0; h < horizons; h++) {
+      f8 low = load8(start), high = load8(start + 8);
+      for (int i = 0; i < size; i++)
+        for (int t = std::max(0, 1 - h); t < std::min(3, horizons + 1 - h); t++) {
+          const float given = weighed[(h + t - 1) * size + i];
+          low += load8(taps[i][t]) * given, high += load8(taps[i][t] + 8) * given;
+        }
+      float one[size];
+      store8(one, low), store8(one + 8, high);
+      for (int o = 0; o < size; o++) sum[o] += rounded<T>(silu<T>(rounded<T>(one[o])) * rounded<T>(alpha[h]));
+    }
+    for (int o = 0; o < size; o++) room.pooled[(long)r * m.rank + at + o] = rounded<T>(rounded<T>(sum[o]) / total);
+  }
+}
+
+float weight_of(const float* alpha) const {
+  float total = 0.0f;
+  for (int h = 0; h < m.horizons; h++) total += rounded<T>(alpha[h]);
+  return rounded<T>(rounded<T>(total) + 1e-6f);
+}
+const float* expected_of(int r, int h) const { return room.expected.data() + ((long)r * m.horizons + h) * m.rank; }

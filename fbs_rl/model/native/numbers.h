@@ -97,6 +97,8 @@ static inline float silu(float x) {
   return rounded<T>(x * sigmoid(x));
 }
 
+static inline f8 silu8(f8 x) { return x / (1.0f + exp8(-x)); }
+
 // Softmax in place; returns nothing that was not finite before.
 static inline void softmax(float* x, int count) {
   float top = x[0];

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <numeric>
 #include <vector>
 
@@ -13,7 +14,19 @@
 
 static const int MOST_ROWS = 32;
 
-typedef std::vector<float> Floats;
+// Vectors of eight that lie across two lines of the cache are read in two goes.
+template <class X>
+struct Aligned {
+  typedef X value_type;
+  Aligned() = default;
+  template <class Y>
+  Aligned(const Aligned<Y>&) {}
+  X* allocate(size_t n) { return (X*)::operator new(n * sizeof(X), std::align_val_t(64)); }
+  void deallocate(X* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+typedef std::vector<float, Aligned<float>> Floats;
 
 // Threads wait awake: one that slept would lose its processor to others for longer than a whole step takes.
 struct Barrier {
