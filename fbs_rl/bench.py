@@ -12,6 +12,8 @@ and no quality is implied.
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import platform
 import statistics
@@ -32,10 +34,14 @@ from fbs_rl.model.modeling import FBSForCausalLM
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. ms_p50, ms_p95: per step. ratio: the same-batch dense median over this one."""
+    """One line of the table.
+
+    context: tokens before the steps. ms_p50, ms_p95: per step. speedup: the dense median of the same batch over it.
+    """
 
     preset: str
     batch: int
+    context: int
     variant: str
     skip_ratio: float
     ms_p50: float
@@ -79,9 +85,12 @@ def main(argv: list[str] | None = None) -> int:
     dtype = getattr(torch, arguments.dtype)
     rows = []
     for preset in arguments.presets.split(","):
-        for batch in (int(b) for b in arguments.batches.split(",")):
-            print(f"measuring preset {preset}, batch {batch} ...", file=sys.stderr, flush=True)
-            rows += measure(arguments.model, preset, batch, arguments, dtype)
+        for batch, context in itertools.product(
+            _numbers(arguments.batches), _numbers(arguments.prompt_tokens)
+        ):
+            where = f"preset {preset}, batch {batch}, behind {context} tokens"
+            print(f"measuring {where} ...", file=sys.stderr, flush=True)
+            rows += measure(arguments.model, preset, batch, context, arguments, dtype)
     if arguments.json:
         print(
             json.dumps(
@@ -99,40 +108,44 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--skip is {arguments.skip}; give a share of layers in [0, 1)")
     for preset in arguments.presets.split(","):
         FBSConfig.preset(preset, **_overrides(arguments.set))
-    if not all(b.isdigit() and int(b) > 0 for b in arguments.batches.split(",")):
-        raise ValueError(f"--batches is {arguments.batches}; give batch sizes, as in 1,8")
-    if arguments.steps < 2 or arguments.prompt_tokens < 1:
-        raise ValueError("--steps must be at least 2 and --prompt-tokens at least 1")
+    for option, example in (("batches", "1,8"), ("prompt_tokens", "128,2048")):
+        given = getattr(arguments, option)
+        if not all(n.isdigit() and int(n) > 0 for n in given.split(",")):
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is {given}; give whole numbers above 0, as in {example}")
+    if arguments.steps < 2:
+        raise ValueError(f"--steps is {arguments.steps}; it must be at least 2")
     ModelSource.parse(arguments.model)
 
 
+def _numbers(words: str) -> list[int]:
+    return [int(word) for word in words.split(",")]
+
+
 def measure(
-    name: str, preset: str, batch: int, arguments: argparse.Namespace, dtype: torch.dtype
-) -> list[Row]:
-    """Rows of one preset and batch size, the dense FBS model first."""
+    name: str, preset: str, batch: int, context: int, arguments: argparse.Namespace, dtype: torch.dtype
+) -> list[Row]:  # fmt: skip
+    """Rows of one preset, batch size and context, the dense FBS model first."""
     backbone = load_backbone(ModelSource.parse(name), dtype)
     model = FBSForCausalLM.from_backbone(
         backbone, FBSConfig.preset(preset, **_overrides(arguments.set))
     )
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(
-        0, model.config.vocab_size, (batch, arguments.prompt_tokens), generator=generator
-    )
+    prompt = torch.randint(0, model.config.vocab_size, (batch, context), generator=generator)
     token = prompt[:, -1:]
     hold_probability(model, arguments.skip)
     alike, apart = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
     with torch.inference_mode():
-        steps = {
-            "dense": _fbs_step(model, prompt, token, {"gates": "dense"}),
-            "gates on, nothing skipped": _fbs_step(
-                model, prompt, token, {"gates": "threshold", "tau": 1.0}
-            ),
-            "skipping": _fbs_step(model, prompt, token, {"gates": "sample", "gate_seed": apart}),
+        read = FBSCache(model.config.layer_count)  # a prompt skips nothing: it is read once for all
+        model(prompt, past_key_values=read, logits_to_keep=1, gates="dense")
+        modes = {
+            "dense": {"gates": "dense"},
+            "gates on, nothing skipped": {"gates": "threshold", "tau": 1.0},
+            "skipping": {"gates": "sample", "gate_seed": apart},
         }
         if batch > 1:
-            steps["skipping, rows agree"] = _fbs_step(
-                model, prompt, token, {"gates": "sample", "gate_seed": alike}
-            )
+            modes["skipping, rows agree"] = {"gates": "sample", "gate_seed": alike}
+        steps = {name: _fbs_step(model, read, token, gates) for name, gates in modes.items()}
         plain = load_backbone(ModelSource.parse(name), dtype)
         steps["plain transformers"] = _plain_step(plain, prompt, token)
         times, skips = _interleave(steps, arguments.warmup, arguments.steps)
@@ -141,6 +154,7 @@ def measure(
         Row(
             preset,
             batch,
+            context,
             variant,
             statistics.fmean(skips[variant]),
             1e3 * statistics.median(seconds),
@@ -167,9 +181,9 @@ def _overrides(words: list[str]) -> dict:
     return {word.partition("=")[0]: yaml.safe_load(word.partition("=")[2]) for word in words}
 
 
-def _fbs_step(model: FBSForCausalLM, prompt: Tensor, token: Tensor, gates: dict) -> Step:
-    cache = FBSCache(model.config.layer_count)
-    model(prompt, past_key_values=cache, logits_to_keep=1, **gates)
+def _fbs_step(model: FBSForCausalLM, read: FBSCache, token: Tensor, gates: dict) -> Step:
+    """A step behind what `read` holds, which stays as it is."""
+    cache = copy.deepcopy(read)
 
     def step() -> float:
         out = model(token, past_key_values=cache, **gates)
@@ -209,14 +223,14 @@ def _interleave(
 def table(rows: list[Row], arguments: argparse.Namespace) -> str:
     """The rows as Markdown."""
     lines = [
-        f"{arguments.model}, {arguments.dtype}, prompt {arguments.prompt_tokens}, "
-        f"{arguments.steps} steps each, interleaved{_said(arguments.set)}; {_host()}",
+        f"{arguments.model}, {arguments.dtype}, {arguments.steps} steps each, interleaved"
+        f"{_said(arguments.set)}; {_host()}",
         "",
-        "| preset | batch | variant | layers skipped | ms/step p50 | p95 | tokens/s | dense / this |",
-        "|---|---|---|---|---|---|---|---|",
+        "| preset | batch | context | variant | layers skipped | ms/step p50 | p95 | tokens/s | dense / this |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r.preset} | {r.batch} | {r.variant} | {r.skip_ratio:.1%} | {r.ms_p50:.1f} | {r.ms_p95:.1f} "
+        f"| {r.preset} | {r.batch} | {r.context} | {r.variant} | {r.skip_ratio:.1%} | {r.ms_p50:.1f} | {r.ms_p95:.1f} "
         f"| {1e3 * r.batch / r.ms_p50:.1f} | {r.speedup:.2f} |"
         for r in rows
     ]
@@ -251,8 +265,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip", type=float, default=0.36, help="share of all layers to skip (default 0.36)"
     )
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument(
+        "--prompt-tokens", default="128,2048", help="tokens before the steps (default 128,2048)"
+    )
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

@@ -68,13 +68,14 @@ def test_the_table_has_a_line_for_every_row(
     folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = words(folder, "--batches", "2", "--presets", "paper", "--dtype", "bfloat16")
-    assert main([*arguments, "--steps", "2"]) == 0
+    assert main([*arguments, "--steps", "2", "--prompt-tokens", "12,7"]) == 0
     lines = capsys.readouterr().out.strip().split("\n")
-    assert "bfloat16, prompt 12, 2 steps each" in lines[0]
+    assert "bfloat16, 2 steps each" in lines[0]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
-    assert [row[2] for row in cells] == TOGETHER
-    assert all(row[:2] == ["paper", "2"] and len(row) == 8 for row in cells)
-    assert cells[0][3] == "0.0%" and cells[2][3] != "0.0%"
+    assert [row[3] for row in cells] == 2 * TOGETHER
+    for rows, context in ((cells[:5], "12"), (cells[5:], "7")):
+        assert all(row[:3] == ["paper", "2", context] and len(row) == 9 for row in rows)
+        assert rows[0][4] == "0.0%" and rows[2][4] != "0.0%"
 
 
 @pytest.mark.parametrize("share", [0.1, 0.36, 0.8])
@@ -106,6 +107,16 @@ def test_impossible_shares_end_with_code_2(
     assert (
         out == "" and err == f"bench: --skip is {float(share)}; give a share of layers in [0, 1)\n"
     )
+
+
+@pytest.mark.parametrize("option", ["--batches=0", "--prompt-tokens=12,-1", "--prompt-tokens=many"])
+def test_impossible_sizes_end_with_code_2(
+    folder: str, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert main(words(folder, option)) == 2
+    name, _, given = option.partition("=")
+    said = f"bench: {name} is {given}; give whole numbers above 0, as in"
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_words_that_are_no_options_end_with_code_2(
