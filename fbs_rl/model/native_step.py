@@ -64,7 +64,8 @@ class NativeStep:
         if model.preview is not None:
             self.weights.tell_derived(model.preview, model.embed_tokens.weight)
         memory = self._memory(model, cache, state)
-        owes = self.projects and mode is not GateMode.DENSE
+        # What is owed is paid here in every mode: the same numbers then come of it, whichever mode asks.
+        owes = self.projects and (mode is not GateMode.DENSE or any(kv.owed for kv in cache.layers))
         disagrees = rows > 1 and mode is not GateMode.DENSE and not self.projects
         held: dict[str, Any] = {
             "input": state,
