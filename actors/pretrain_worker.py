@@ -187,21 +187,23 @@ class PretrainWorker:
     def _enter_phase(self, plan: StepPlan) -> None:
         """Where phase 1b begins: fit gates if asked, and build the optimizer anew if it trains other things."""
         phases = self.settings.phases
-        fits = plan.step == phases.observed_steps and phases.gate_start == "fitted"
-        anew = fits or (plan.step == phases.observed_steps and plan.trains != self.trains)
-        model = self.engine.whole_model() if anew else self.model
-        if fits:
-            rows = self.train_rows.rows(_spread(len(self.train_rows), _FIT_ROWS))
-            start = rows.ids_BT.shape[1] // 4
-            ids = torch.from_numpy(rows.ids_BT)
-            with as_written():
-                fit_in_closed_form(model, ids, start)
-                centre_gates(model, ids, start, plan.skip_target)
-        if anew:
+        fits = phases.gate_start == "fitted"
+        if plan.step == phases.observed_steps and (fits or plan.trains != self.trains):
+            model = self.engine.whole_model()
+            if fits:
+                self._fit_gates(model, plan.skip_target)
             self.trains = plan.trains
             self.engine = self.engine.rebuilt(model, plan.trains, self.device)
         if plan.phase is Phase.GATED:
             self.model.config.gates_origin = "trained"
+
+    def _fit_gates(self, model: FBSForCausalLM, skip_target: float) -> None:
+        rows = self.train_rows.rows(_spread(len(self.train_rows), _FIT_ROWS))
+        start = rows.ids_BT.shape[1] // 4
+        ids = torch.from_numpy(rows.ids_BT)
+        with as_written():
+            fit_in_closed_form(model, ids, start)
+            centre_gates(model, ids, start, skip_target)
 
     def _counts(self, batches: Sequence[MicroBatch], step: int) -> LossCounts:
         own = [batch.counts(self.model.config, step) for batch in batches]

@@ -183,10 +183,10 @@ def test_what_skipped_layers_owe_is_paid(
         return cache
 
     ours = replayed(model, ids, skip, look)
-    assert max(most) == 16 // rows and min(most[1:]) >= 0
+    assert max(most) == 16 // rows
     with torch_alone(monkeypatch):
         assert_equal(ours, replayed(model, ids, skip))
-    monkeypatch.setattr("fbs_rl.model.native_step._MOST_OWED", 0)
+    monkeypatch.setattr("fbs_rl.model.native_step._MOST_OWED", 1)
     monkeypatch.setattr("fbs_rl.model.native_step._SHARED_BYTES", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -219,18 +219,21 @@ def test_whoever_reads_the_cache_finds_what_was_owed(
             return copy.deepcopy(cache)
         elif what == "rows trade places":
             cache.reorder_cache(torch.tensor([1, 0]))
-            cache.reorder_cache(torch.tensor([1, 0]))
         else:
-            before = cache.columns
             for kv in copy.deepcopy(cache).layers:
                 assert not kv.view()[0].isnan().any()
-            assert cache.columns == before and owed(cache) > 0
+            assert owed(cache) > 0
+        return cache
+
+    def trade(cache: FBSCache, t: int) -> FBSCache:
+        if t == START + 4 and what == "rows trade places":
+            cache.reorder_cache(torch.tensor([1, 0]))
         return cache
 
     ours = replayed(model, ids, skip, meddle)
     assert seen == [4]
     with torch_alone(monkeypatch):
-        assert_equal(ours, replayed(model, ids, skip))
+        assert_equal(ours, replayed(model, ids, skip, trade))
 
 
 def test_bfloat16_rounds_where_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,35 +142,14 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
         """
         source, cache = self._inputs(input_ids, inputs_embeds, past_key_values, use_cache)
         request = self._request(
-            source,
-            attention_mask,
-            cache,
-            gates,
-            tau,
-            decode_start,
-            skip,
-            gate_seed,
-            gate_temperature,
-            never_skip,
-        )
+            source, attention_mask, cache, gates, tau, decode_start, skip, gate_seed, gate_temperature, never_skip
+        )  # fmt: skip
         result = self.model.run(
-            input_ids,
-            request,
-            attention_mask,
-            position_ids,
-            document_ids,
-            inputs_embeds,
-            window_temperature,
-            cache,
+            input_ids, request, attention_mask, position_ids, document_ids, inputs_embeds, window_temperature, cache,
             bool(output_hidden_states),
-        )
+        )  # fmt: skip
         hidden = self.model.norm(result.state_BTd)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = None
-        if with_logits:
-            steps = cache is not None and source.shape[1] == 1
-            asked = hidden[:, kept, :]
-            logits = few_rows(self.lm_head, asked) if steps else self.lm_head(asked)
+        logits = self._logits(hidden, logits_to_keep, cache is not None) if with_logits else None
         report = None
         if labels is not None:
             if cache is not None or input_ids is None:
@@ -189,6 +168,13 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
             )  # fmt: skip
             report = compute_losses(self.model, self.lm_head.weight, result, hidden, supervision)
         return _output(result, logits, hidden, cache, report, bool(output_hidden_states))
+
+    def _logits(self, hidden_BTd: Tensor, keep: int | Tensor, cached: bool) -> Tensor:
+        """Of the last `keep` tokens (0: all), or of those at the positions given. cached: tokens behind others."""
+        asked_BTd = hidden_BTd[:, slice(-keep, None) if isinstance(keep, int) else keep, :]
+        if cached and hidden_BTd.shape[1] == 1:
+            return few_rows(self.lm_head, asked_BTd)
+        return self.lm_head(asked_BTd)
 
     def _inputs(
         self,

@@ -46,7 +46,7 @@ class NativeMemory:
     def prepare(self, cache: FBSCache, owes: bool, marks: bool) -> Tensor:
         """Make room for one more token; places in use [L, rows].
 
-        owes: skipped layers may owe theirs; if not, what is owed is written. marks: rows may disagree on what exists.
+        owes: skipped layers may owe theirs, or do already. marks: rows may disagree on what exists.
         """
         for index, (kv, told) in enumerate(zip(cache.layers, self.kv, strict=True)):
             keys, entries, room = self._told[index]
@@ -56,9 +56,7 @@ class NativeMemory:
                 kv.mark_entries()
             if kv.keys_BGSD is not keys or kv.entry_BS is not entries:
                 self._tell(index, kv)
-            if not owes:
-                kv.settle()
-            elif kv.owed is None or kv.owed is not self._owed[index]:
+            if owes and (kv.owed is None or kv.owed is not self._owed[index]):
                 self._tell_owed(index, kv)
             told.owed = 0 if kv.owed is None else kv.owed.count
         lengths = torch.tensor([kv.length for kv in cache.layers])

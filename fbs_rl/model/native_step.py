@@ -37,7 +37,7 @@ class NativeStep:
     """One model's weights, ready for the compiled step. The buffers of a step are made anew each time."""
 
     def __init__(self, model: FBSModel, library: ctypes.CDLL, watch: Watch) -> None:
-        config = self.config = model.config
+        config = model.config
         (self.dtype, _), *_ = watch.kinds
         self.watch, self.entry = watch, entry_point(library, self.dtype)
         layers = list(model.fbs_layers())

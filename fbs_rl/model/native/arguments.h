@@ -62,7 +62,8 @@ struct ChunkArguments {
 // -inf. bar: [layers, rows], or one row of it for all (bar_stride 0). never: layers that always run in this call.
 // entries: places in use of each layer and row before this token, [layers, rows]. most_owed: places for which a layer that
 // all rows skip may leave keys and values to a step that needs them. added: 1 for layers in which the step left an entry
-// (and wrote all that was owed), 2 where it owes it. prob, skip: [layers, rows]. windows: [looks, rows]; queries, inclusions likewise. boundary: [rows, 5]; close_prob: [rows], or null.
+// (and wrote all that was owed), 2 where it owes it. prob, skip: [layers, rows]. windows: [looks, rows]; queries,
+// inclusions likewise. boundary: [rows, 5]; close_prob: [rows], or null.
 // closes: the token opens a chunk. closed, open_size, continuable: of the rows' chunks, before and after.
 struct StepArguments {
   int rows, threads, mode, asks, consensus, page, page_columns, most_owed;

@@ -55,7 +55,7 @@ static inline void dots(const T* w, const float* x, int ldx, float* sum, int k, 
 
 // y[r][o] of ROWS rows for outputs of [first, last), with their bias, rounded. ends: where the caller's weights do.
 template <class T, int ROWS>
-static __attribute__((noinline)) void block(
+static __attribute__((noinline)) void multiply_rows(
     const Linear& m, const float* x, int ldx, float* y, int ldy, int k, int first, int last, const char* ends) {
   const T *w = (const T*)m.weight, *b = (const T*)m.bias;
   const auto leave = [&](int o, int r, float made) {
@@ -93,13 +93,13 @@ static void multiply(const Linear& m, const float* x, int ldx, float* y, int ldy
       float* to = y + (long)r * ldy;
       const int left = rows - r, some = left >= PAIRED ? PAIRED : left >= 4 ? 4 : left >= 2 ? 2 : 1;
       if (some == PAIRED)
-        block<T, PAIRED>(m, from, ldx, to, ldy, k, i, stop, ends);
+        multiply_rows<T, PAIRED>(m, from, ldx, to, ldy, k, i, stop, ends);
       else if (some == 4)
-        block<T, 4>(m, from, ldx, to, ldy, k, i, stop, ends);
+        multiply_rows<T, 4>(m, from, ldx, to, ldy, k, i, stop, ends);
       else if (some == 2)
-        block<T, 2>(m, from, ldx, to, ldy, k, i, stop, ends);
+        multiply_rows<T, 2>(m, from, ldx, to, ldy, k, i, stop, ends);
       else
-        block<T, 1>(m, from, ldx, to, ldy, k, i, stop, ends);
+        multiply_rows<T, 1>(m, from, ldx, to, ldy, k, i, stop, ends);
       r += some;
     }
   }
