@@ -84,21 +84,24 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     dtype = getattr(torch, arguments.dtype)
     rows = []
+    if not arguments.json:
+        print("\n".join(heading(arguments)), flush=True)
     for preset in arguments.presets.split(","):
         for batch, context in itertools.product(
             _numbers(arguments.batches), _numbers(arguments.prompt_tokens)
         ):
             where = f"preset {preset}, batch {batch}, behind {context} tokens"
             print(f"measuring {where} ...", file=sys.stderr, flush=True)
-            rows += measure(arguments.model, preset, batch, context, arguments, dtype)
+            found = measure(arguments.model, preset, batch, context, arguments, dtype)
+            if not arguments.json:  # as they come: the whole takes minutes
+                print("\n".join(line(row) for row in found), flush=True)
+            rows += found
     if arguments.json:
         print(
             json.dumps(
                 {"settings": vars(arguments), "host": _host(), "rows": [asdict(r) for r in rows]}
             )
         )
-    else:
-        print(table(rows, arguments))
     return 0
 
 
@@ -220,21 +223,23 @@ def _interleave(
     return seconds, skips
 
 
-def table(rows: list[Row], arguments: argparse.Namespace) -> str:
-    """The rows as Markdown."""
-    lines = [
+def heading(arguments: argparse.Namespace) -> list[str]:
+    """What is measured, and the head of a Markdown table of its rows."""
+    return [
         f"{arguments.model}, {arguments.dtype}, {arguments.steps} steps each, interleaved"
         f"{_said(arguments.set)}; {_host()}",
         "",
         "| preset | batch | context | variant | layers skipped | ms/step p50 | p95 | tokens/s | dense / this |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {r.preset} | {r.batch} | {r.context} | {r.variant} | {r.skip_ratio:.1%} | {r.ms_p50:.1f} | {r.ms_p95:.1f} "
-        f"| {1e3 * r.batch / r.ms_p50:.1f} | {r.speedup:.2f} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
+
+
+def line(r: Row) -> str:
+    """One row of the table."""
+    return (
+        f"| {r.preset} | {r.batch} | {r.context} | {r.variant} | {r.skip_ratio:.1%} | {r.ms_p50:.1f} "
+        f"| {r.ms_p95:.1f} | {1e3 * r.batch / r.ms_p50:.1f} | {r.speedup:.2f} |"
+    )
 
 
 def _said(words: list[str]) -> str:
@@ -268,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt-tokens", default="128,2048", help="tokens before the steps (default 128,2048)"
     )
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
