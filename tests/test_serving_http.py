@@ -15,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from openai import BadRequestError, OpenAI
@@ -313,28 +315,38 @@ def take(served: Served, *keys: str) -> list[GateTrace]:
     return [GateTrace.from_wire({**w, "columns": base64.b64decode(w["columns"])}) for w in wires]
 
 
+def keep_asking(served: Served, reader: int, changed: Event) -> list[str]:
+    """The keys of one request after another; the last of them began behind the change of gates."""
+    keys: list[str] = []
+    # Of other lengths: readers whose requests end together could all be between two of them.
+    tokens = 300 + 20 * reader
+    while True:
+        last = changed.is_set()
+        keys.append(f"load {reader} {len(keys)}")
+        reply = ask(served, keys[-1], {"tau": 0.5, "request_key": keys[-1]}, tokens)
+        assert len(reply.token_ids) == tokens
+        if last:
+            return keys
+
+
 def test_gates_are_exchanged_under_load_and_traces_say_when(served: Served) -> None:
-    keys = [f"load {i}" for i in range(6)]
     gates = gate_tensors(served.model, GateParts.GATES)
     old = {name: tensor.detach().clone() for name, tensor in gates.items()}
+    changed = Event()
     try:
         with ThreadPoolExecutor(6) as pool:
-            options = [{"tau": 0.5, "request_key": key} for key in keys]
-            running = [pool.submit(ask, served, o["request_key"], o, 300) for o in options]
-            wait_for(
-                lambda: served.metric("vllm:num_requests_running") == len(keys),
-                ANSWER_S,
-                served.log,
-            )
-            steps = served.metric("fbs:decode_tokens_total")
-            wait_for(lambda: served.metric("fbs:decode_tokens_total") > steps + 60, ANSWER_S, served.log)  # fmt: skip
-            with torch.no_grad():
-                for name, tensor in gates.items():
-                    if name.endswith("out.bias"):
-                        tensor.add_(1.0)
-            version = update(served)
-            replies = [made.result(ANSWER_S) for made in running]
-        traces = take(served, *keys)
+            enough = served.metric("fbs:decode_tokens_total") + 60
+            readers = [pool.submit(keep_asking, served, reader, changed) for reader in range(6)]
+            try:
+                wait_for(lambda: served.metric("fbs:decode_tokens_total") > enough, ANSWER_S, served.log)  # fmt: skip
+                with torch.no_grad():
+                    for name, tensor in gates.items():
+                        if name.endswith("out.bias"):
+                            tensor.add_(1.0)
+                version = update(served)
+            finally:
+                changed.set()  # readers would ask for ever
+            traces = [take(served, *reader.result()) for reader in readers]
         reply = ask(served, "Readers", {"tau": 0.5, "request_key": "after"})
         after = referee(served.model, reply.prompt_ids, reply.token_ids, gates="threshold", tau=0.5)
         (trace,) = take(served, "after")
@@ -345,14 +357,15 @@ def test_gates_are_exchanged_under_load_and_traces_say_when(served: Served) -> N
             for name, tensor in gates.items():
                 tensor.copy_(old[name])
         update(served)
-    assert all(len(reply.token_ids) == 300 for reply in replies)
-    shares = []
-    for trace in traces:
-        versions = trace.version_T.tolist()
-        assert versions == sorted(versions) and versions[-1] == version and versions[0] < version
-        now = trace.version_T == version
-        shares.append((trace.skip_TL[~now].mean(), trace.skip_TL[now].mean()))
-    assert all(before < later for before, later in shares)  # the new gates skip more
+    # In the middle of an answer, for whoever was reading then; and one step is the first for all.
+    assert any(len(set(one.version_T.tolist())) == 2 for asked in traces for one in asked)
+    for asked in traces:
+        version_T = np.concatenate([one.version_T for one in asked])
+        assert version_T.tolist() == sorted(version_T.tolist())
+        assert (version_T[0], version_T[-1]) == (version - 1, version)
+        skip_TL = np.concatenate([one.skip_TL for one in asked])
+        now_T = version_T == version
+        assert skip_TL[~now_T].mean() < skip_TL[now_T].mean()  # the new gates skip more
     assert served.metric("fbs:gate_version") == version + 1
 
 
