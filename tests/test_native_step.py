@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fbs_rl.model import FBSCache
@@ -275,12 +276,31 @@ def test_who_listens_to_modules_gets_torchs_operations() -> None:
     assert not is_native(half)
 
 
-def test_a_product_of_few_rows() -> None:
-    layer = torch.nn.Linear(37, 51)
-    for rows in (1, 2, 3, 7):
-        given = torch.randn(rows, 1, 37)
+@pytest.mark.parametrize("inputs", [5, 64, 131])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_product_of_few_rows(dtype: torch.dtype, inputs: int) -> None:
+    """Blocks of rows of every width, whole and not, and numbers that do not fill a vector."""
+    layer = torch.nn.Linear(inputs, 51).to(dtype)
+    for rows in range(1, 33):
+        given = torch.randn(rows, 1, inputs).to(dtype)
+        exact = F.linear(given.double(), layer.weight.double(), layer.bias.double())
         with torch.inference_mode():
-            torch.testing.assert_close(few_rows(layer, given), layer(given), rtol=1e-5, atol=1e-6)
+            made = few_rows(layer, given)
+        near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}  # fmt: skip
+        torch.testing.assert_close(made.double(), exact, **near)
+
+
+def test_rows_of_a_product_do_not_touch_each_other() -> None:
+    layer = torch.nn.Linear(64, 51)
+    for rows in (3, 8, 13, 27):
+        given = torch.randn(rows, 1, 64)
+        with torch.inference_mode():
+            clean = few_rows(layer, given)
+            given[1] = torch.nan
+            spoilt = few_rows(layer, given)
+        assert spoilt[1].isnan().all()
+        others = [r for r in range(rows) if r != 1]
+        assert torch.equal(spoilt[others], clean[others])
 
 
 def test_without_a_compiler_it_says_so_and_decodes(tmp_path: Any) -> None:

@@ -4,7 +4,7 @@
 void find_chunks() {
   for (int r = 0; r < rows; r++) {
     float logit[5];
-    multiply<T>(m.boundary, normed.data() + (long)r * m.width, m.width, logit, 5, 1, m.width, 0, 5);
+    whole_product(m.boundary, normed.data() + (long)r * m.width, logit, 1, 5, m.width);
     if (me == 0) std::copy(logit, logit + 5, s.boundary + 5l * r);
     if (me == 0 && s.close_prob) s.close_prob[r] = close_probability(logit);
     int label = 0;
@@ -74,7 +74,7 @@ void read_chunks(int l, const LayerArguments& w) {
 void add_chunks(const LayerArguments& w) {
   const int count = run.size(), from = first(m.width), to = last(m.width);
   Floats made((long)count * m.width);
-  multiply<T>(w.chunk_out, room.chunk_mixed.data(), m.chunk_width, made.data(), m.width, count, m.chunk_width, from, to);
+  product(w.chunk_out, room.chunk_mixed.data(), made.data(), count, m.width, m.chunk_width);
   const float strength = widen(*(const T*)w.chunk_strength);
   for (int j = 0; j < count; j++)
     for (int i = from; i < to; i++) {
@@ -100,8 +100,7 @@ void extend_chunks(int l, const LayerArguments& w) {
     wait();
     Floats made((long)count * width);
     for (int which = 0; which < 2; which++) {
-      multiply<T>(which ? w.chunk_value : w.chunk_key, room.summary.data(), width, made.data(), width, count, width,
-                  first(width), last(width));
+      product(which ? w.chunk_value : w.chunk_key, room.summary.data(), made.data(), count, width, width);
       for (int j = 0; j < count; j++) {
         T* to = ring(which ? memory(l).values : memory(l).keys, l, done[j]);
         to += s.closed[done[j]] % m.chunk_places * width;

@@ -22,9 +22,10 @@ void write_keys(int l, const LayerArguments& w) {
   const int owed = c.owed * rows, all = with_keys + owed;
   std::copy_n(c.owed_input, (long)owed * width, input.data() + (long)with_keys * width);
   const int heads = m.heads * m.head_dim, groups = m.groups * m.head_dim;
-  if (count) product(w.query, input.data(), room.query.data(), count, heads, width);
-  product(w.key, input.data(), room.key.data(), all, groups, width);
-  product(w.value, input.data(), room.value.data(), all, groups, width);
+  taken.take(input.data(), all, width);
+  product_of_taken(w.query, room.query.data(), count, heads);
+  product_of_taken(w.key, room.key.data(), all, groups);
+  product_of_taken(w.value, room.value.data(), all, groups);
   wait();
   for (int j = 0; j < with_keys; j++)
     for (int g = 0; g < m.groups; g++)
@@ -138,7 +139,7 @@ void inject(int l, const LayerArguments& w) {
     Floats unit((long)count * m.rank), made((long)count * width);
     for (int j = 0; j < count; j++)
       norm(room.pooled.data() + (long)run[j] * m.rank, w.up_norm, unit.data() + (long)j * m.rank, m.rank);
-    multiply<T>(w.preview_up, unit.data(), m.rank, made.data(), width, count, m.rank, from, to);
+    product(w.preview_up, unit.data(), made.data(), count, width, m.rank);
     const float strength = widen(*(const T*)w.strength);
     for (int j = 0; j < count; j++)
       for (int i = from; i < to; i++) {
@@ -171,7 +172,7 @@ void execute(int l, const LayerArguments& w) {
   wait();
   Floats& made = down;
   made.resize((long)count * width);
-  multiply<T>(w.down, room.active.data(), inner, made.data(), width, count, inner, first(width), last(width));
+  product(w.down, room.active.data(), made.data(), count, width, inner);
   for (int j = 0; j < count; j++)
     for (int i = first(width); i < last(width); i++)
       after()[(long)run[j] * width + i] =
@@ -206,8 +207,8 @@ void attend_head(int l, const LayerArguments& w, int item) {
 void gate_up(const LayerArguments& w) {
   const int count = run.size(), inner = m.inner, from = first(inner), to = last(inner);
   gate_room.resize((long)count * inner), up_room.resize((long)count * inner);
-  multiply<T>(w.gate, input.data(), m.width, gate_room.data(), inner, count, m.width, from, to);
-  multiply<T>(w.up, input.data(), m.width, up_room.data(), inner, count, m.width, from, to);
+  product(w.gate, input.data(), gate_room.data(), count, inner, m.width);
+  product_of_taken(w.up, up_room.data(), count, inner);
   for (int j = 0; j < count; j++) {
     const float *gate = gate_room.data() + (long)j * inner, *up = up_room.data() + (long)j * inner;
     float* active = room.active.data() + (long)j * inner;
@@ -234,7 +235,7 @@ void skip_path(const LayerArguments& w) {
   product(w.adapter_down, chosen.data(), room.adapter.data(), count, rank, width);
   wait();
   for (long i = 0; i < (long)count * rank; i++) active[i] = silu<T>(room.adapter[i]);
-  multiply<T>(w.adapter_up, active.data(), rank, made.data(), width, count, rank, first(width), last(width));
+  product(w.adapter_up, active.data(), made.data(), count, width, rank);
   for (int j = 0; j < count; j++)
     for (int i = first(width); i < last(width); i++)
       after()[(long)idle[j] * width + i] =

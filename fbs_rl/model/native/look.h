@@ -9,7 +9,7 @@ void look(int l, const LayerArguments& w) {
       float& q = room.preview_query[(long)r * m.rank + i];
       q = rounded<T>(widen(bias[i]) + q * widen(scale[i]));
     }
-  if (!m.fixed_window) product(w.window_in, normed.data(), room.window.data(), rows, m.window_hidden, m.width);
+  if (!m.fixed_window) product_of_taken(w.window_in, room.window.data(), rows, m.window_hidden);
   wait();
   if (!shortlisted) find_shortlist();
   shortlisted = true;
@@ -43,7 +43,7 @@ void include(const LayerArguments& w, int looks) {
     if (!m.fixed_window) {
       for (int i = 0; i < m.window_hidden; i++) hidden[i] = silu<T>(room.window[(long)r * m.window_hidden + i]);
       float logit;
-      multiply<T>(w.window_out, hidden.data(), m.window_hidden, &logit, 1, 1, m.window_hidden, 0, 1);
+      whole_product(w.window_out, hidden.data(), &logit, 1, 1, m.window_hidden);
       window = m.horizons * sigmoid(logit);
     }
     float* alpha = inclusion.data() + (long)r * m.horizons;
@@ -63,9 +63,9 @@ void include(const LayerArguments& w, int looks) {
 void find_shortlist() {
   const int n = m.candidates, count = m.shortlist;
   Floats token((long)rows * m.rank);
-  multiply<T>({m.mean_map, nullptr}, room.preview_query.data(), m.rank, token.data(), m.rank, rows, m.rank, 0, m.rank);
   const int from = first(n), to = last(n);
-  multiply<T>({m.reduced, nullptr}, token.data(), m.rank, room.scores.data(), n, rows, m.rank, from, to);
+  whole_product({m.mean_map, nullptr}, room.preview_query.data(), token.data(), rows, m.rank, m.rank);
+  product({m.reduced, nullptr}, token.data(), room.scores.data(), rows, n, m.rank);
   std::vector<int> order;
   for (int r = 0; r < rows; r++) {
     float* score = room.scores.data() + (long)r * n;

@@ -29,6 +29,20 @@ static inline void narrow(float x, bf16* out) {
   out->bits = x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
+// A number that is of the type already, whatever it is kept in.
+template <class T>
+static inline T cut(float x);
+template <>
+inline float cut<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 cut<bf16>(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return {uint16_t(bits >> 16)};
+}
+
 template <class T>
 static inline float rounded(float x) {
   T kept;

@@ -1,7 +1,7 @@
 // Products of a few rows with matrices that are read once: a token costs the bytes of its weights.
 #pragma once
 #include "arguments.h"
-#include "numbers.h"
+#include "inputs.h"
 
 template <class T>
 static inline float dot(const T* w, const float* x, int k) {
@@ -21,86 +21,94 @@ static inline float dot(const T* w, const float* x, int k) {
 
 // Bytes by which weights are asked for ahead, into the second cache: where several rows are multiplied, the processor
 // does not see far enough ahead by itself.
-static const long AHEAD = 16 << 10;
-// Rows that two outputs at a time are made for: a weight and an input then serve as many products as registers hold.
-static const int PAIRED = 8;
+static const long AHEAD = 64 << 10;
 // Outputs whose weights stay near until all rows have read them.
-static const int GROUP = 16;
+static const int TOGETHER = LANES == 16 ? 8 : 6;
+// Outputs of a block that are made in one go: as many sums as registers hold beside what is multiplied.
+template <int WIDE>
+static constexpr int in_one_go() {
+  return WIDE > 4 ? TOGETHER : WIDE / 2;
+}
 
-// OUTS outputs, whose weights lie behind each other, for ROWS rows: sum[o * ROWS + r]. ahead: what to ask for meanwhile.
-template <class T, int OUTS, int ROWS>
-static inline void dots(const T* w, const float* x, int ldx, float* sum, int k, const char* ahead) {
-  f8 acc[OUTS][ROWS];
-  for (int o = 0; o < OUTS; o++)
-    for (int r = 0; r < ROWS; r++) acc[o][r] = all8(0.0f);
-  int j = 0;
-  for (; j + 8 <= k; j += 8) {
-    f8 weight[OUTS];
-    for (int o = 0; o < OUTS; o++) weight[o] = load8(w + (long)o * k + j);
-    __builtin_prefetch(ahead + (long)OUTS * j * sizeof(T), 0, 2);
-    for (int r = 0; r < ROWS; r++) {
-      const f8 given = load8(x + (long)r * ldx + j);
-      for (int o = 0; o < OUTS; o++) acc[o][r] += weight[o] * given;
+// OUTS outputs, whose weights lie behind each other, of a block of rows, which come back in sum[OUTS][WIDE] without the
+// numbers that do not fill a vector. ahead: what to ask for meanwhile.
+template <class T, int OUTS, int WIDE>
+static inline void sum_products(const T* w, const float* laid, float* sum, int k, const char* ahead) {
+  typedef Layout<T, WIDE> L;
+  Sums acc[OUTS][L::VECTORS] = {};
+  for (int j = 0; j < k / L::NUMBERS; j++) {
+    Words input[L::VECTORS];
+    for (int v = 0; v < L::VECTORS; v++) input[v] = load_words(laid + (long)(j * L::VECTORS + v) * LANES);
+    for (int byte = 0; byte < OUTS * L::BYTES; byte += 64)
+      __builtin_prefetch(ahead + (long)j * OUTS * L::BYTES + byte, 0, 2);
+    for (int o = 0; o < OUTS; o++) {
+      const Words weight = spread<L::BYTES>(w + (long)o * k + j * L::NUMBERS);
+      for (int v = 0; v < L::VECTORS; v++) add_products(acc[o][v], weight, input[v], w);
     }
   }
+  const int share = LANES / L::ROWS;
   for (int o = 0; o < OUTS; o++) {
-    if (ROWS == 8)
-      store8(sum + o * ROWS, sums8(acc[o]));
-    else
-      for (int r = 0; r < ROWS; r++) sum[o * ROWS + r] = sum8(acc[o][r]);
-    for (int r = 0; r < ROWS && j < k; r++)
-      for (int t = j; t < k; t++) sum[o * ROWS + r] += widen(w[(long)o * k + t]) * x[(long)r * ldx + t];
+    float lane[WIDE][share];
+    memcpy(lane, acc[o], sizeof(lane));
+    for (int r = 0; r < WIDE; r++) {
+      for (int half = share / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lane[r][i] += lane[r][i + half];
+      sum[o * WIDE + r] = lane[r][0];
+    }
   }
 }
 
-// y[r][o] of ROWS rows for outputs of [first, last), with their bias, rounded. ends: where the caller's weights do.
-template <class T, int ROWS>
-static __attribute__((noinline)) void multiply_rows(
-    const Linear& m, const float* x, int ldx, float* y, int ldy, int k, int first, int last, const char* ends) {
-  const T *w = (const T*)m.weight, *b = (const T*)m.bias;
-  const auto leave = [&](int o, int r, float made) {
-    y[(long)r * ldy + o] = rounded<T>(b ? made + widen(b[o]) : made);
-  };
-  float sum[2 * ROWS];
-  int o = first;
-  const auto ahead = [&](const T* row) {
-    const char* far = (const char*)row + AHEAD;
-    return far < ends ? far : (const char*)row;
-  };
-  if (ROWS == 1)
-    for (; o < last; o++) leave(o, 0, dot(w + (long)o * k, x, k));
-  for (; ROWS == PAIRED && o + 2 <= last; o += 2) {
-    const T* row = w + (long)o * k;
-    dots<T, 2, ROWS>(row, x, ldx, sum, k, ahead(row));
-    for (int r = 0; r < ROWS; r++) leave(o, r, sum[r]), leave(o + 1, r, sum[ROWS + r]);
-  }
-  for (; o < last; o++) {
-    const T* row = w + (long)o * k;
-    dots<T, 1, ROWS>(row, x, ldx, sum, k, ahead(row));
-    for (int r = 0; r < ROWS; r++) leave(o, r, sum[r]);
+// y[r][o] of a block's rows for outputs of [first, last), at most TOGETHER, with their bias, rounded.
+template <class T, int WIDE>
+static __attribute__((noinline)) void multiply_block(
+    const Linear& m, const Inputs<T>& x, const typename Inputs<T>::Block& block, int rows, float* y, int ldy, int first,
+    int last, const char* ahead) {
+  const T *w = (const T*)m.weight + (long)first * x.numbers, *bias = (const T*)m.bias;
+  const int k = x.numbers, done = k - k % Layout<T, WIDE>::NUMBERS;
+  const float* laid = x.laid.data() + block.at;
+  const int outs = last - first, many = in_one_go<WIDE>();
+  float sum[TOGETHER * WIDE];
+  int o = 0;
+  for (; o + many <= outs; o += many)
+    sum_products<T, many, WIDE>(w + (long)o * k, laid, sum + o * WIDE, k, ahead + (long)o * k * sizeof(T));
+  for (; o < outs; o++) sum_products<T, 1, WIDE>(w + (long)o * k, laid, sum + o * WIDE, k, (const char*)w);
+  for (int r = 0; r < rows; r++) {
+    const float* given = x.given + (long)(block.first + r) * k;
+    float* to = y + (long)(block.first + r) * ldy;
+    for (int o = first; o < last; o++) {
+      float made = sum[(o - first) * WIDE + r];
+      for (int t = done; t < k; t++) made += widen(w[(long)(o - first) * k + t]) * given[t];
+      to[o] = rounded<T>(bias ? made + widen(bias[o]) : made);
+    }
   }
 }
 
-// y[r][i] for outputs i of [first, last): the products, with their bias, rounded.
+// y[r][o] of the first `rows` rows of x for outputs o of [first, last): the products, with their bias, rounded.
 template <class T>
-static void multiply(const Linear& m, const float* x, int ldx, float* y, int ldy, int rows, int k, int first, int last) {
-  const char* ends = (const char*)((const T*)m.weight + (long)last * k);
-  const int group = rows <= PAIRED ? last - first : GROUP;
-  for (int i = first; i < last; i += group) {
-    const int stop = i + group < last ? i + group : last;
-    for (int r = 0; r < rows;) {
-      const float* from = x + (long)r * ldx;
-      float* to = y + (long)r * ldy;
-      const int left = rows - r, some = left >= PAIRED ? PAIRED : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      if (some == PAIRED)
-        multiply_rows<T, PAIRED>(m, from, ldx, to, ldy, k, i, stop, ends);
-      else if (some == 4)
-        multiply_rows<T, 4>(m, from, ldx, to, ldy, k, i, stop, ends);
-      else if (some == 2)
-        multiply_rows<T, 2>(m, from, ldx, to, ldy, k, i, stop, ends);
-      else
-        multiply_rows<T, 1>(m, from, ldx, to, ldy, k, i, stop, ends);
-      r += some;
+static void multiply(const Linear& m, const Inputs<T>& x, int rows, float* y, int ldy, int first, int last) {
+  const T *w = (const T*)m.weight, *bias = (const T*)m.bias;
+  const int k = x.numbers;
+  const char* ends = (const char*)(w + (long)last * k);
+  for (int i = first; i < last; i += TOGETHER) {
+    const int stop = i + TOGETHER < last ? i + TOGETHER : last;
+    const char *near = (const char*)(w + (long)i * k), *far = near + AHEAD;
+    for (const auto& block : x.blocks) {
+      const int some = rows - block.first < block.rows ? rows - block.first : block.rows;
+      if (some <= 0) break;
+      const char* ahead = block.first || far >= ends ? near : far;
+      switch (block.wide) {
+        case 1:
+          for (int o = i; o < stop; o++) {
+            const float made = dot(w + (long)o * k, x.given + (long)block.first * k, k);
+            y[(long)block.first * ldy + o] = rounded<T>(bias ? made + widen(bias[o]) : made);
+          }
+          break;
+        case 2: multiply_block<T, 2>(m, x, block, some, y, ldy, i, stop, ahead); break;
+        case 4: multiply_block<T, 4>(m, x, block, some, y, ldy, i, stop, ahead); break;
+        case 8: multiply_block<T, 8>(m, x, block, some, y, ldy, i, stop, ahead); break;
+        case 16: multiply_block<T, 16>(m, x, block, some, y, ldy, i, stop, ahead); break;
+        default: multiply_block<T, WIDEST>(m, x, block, some, y, ldy, i, stop, ahead);
+      }
     }
   }
 }

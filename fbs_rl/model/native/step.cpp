@@ -25,7 +25,9 @@ static void product(const Linear& w, const T* x, T* y, int rows, int outputs, in
   {
     const int me = omp_get_thread_num(), many = omp_get_num_threads();
     const int first = (long)outputs * me / many, last = (long)outputs * (me + 1) / many;
-    multiply<T>(w, wide.data(), inputs, made.data(), outputs, rows, inputs, first, last);
+    Inputs<T> taken;
+    taken.take(wide.data(), rows, inputs);
+    multiply(w, taken, rows, made.data(), outputs, first, last);
     for (int r = 0; r < rows; r++)
       for (int i = first; i < last; i++) narrow(made[(long)r * outputs + i], y + (long)r * outputs + i);
   }

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <new>
 #include <numeric>
 #include <vector>
 
@@ -13,20 +12,6 @@
 #include "products.h"
 
 static const int MOST_ROWS = 32;
-
-// Vectors of eight that lie across two lines of the cache are read in two goes.
-template <class X>
-struct Aligned {
-  typedef X value_type;
-  Aligned() = default;
-  template <class Y>
-  Aligned(const Aligned<Y>&) {}
-  X* allocate(size_t n) { return (X*)::operator new(n * sizeof(X), std::align_val_t(64)); }
-  void deallocate(X* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
-  bool operator==(const Aligned&) const { return true; }
-  bool operator!=(const Aligned&) const { return false; }
-};
-typedef std::vector<float, Aligned<float>> Floats;
 
 // Threads wait awake: one that slept would lose its processor to others for longer than a whole step takes.
 struct Barrier {
@@ -106,10 +91,19 @@ struct Walk {
   float* state() const { return room.state[here].data(); }
   float* after() const { return room.state[1 - here].data(); }
 
-  // My share of a product's outputs.
-  void product(const Linear& w, const float* x, float* y, int count, int n, int k, int ldy = 0) const {
-    multiply<T>(w, x, k, y, ldy ? ldy : n, count, k, first(n), last(n));
+  // My share of the n outputs of a product of `count` rows of k inputs; of the inputs taken last; all of them.
+  void product(const Linear& w, const float* x, float* y, int count, int n, int k, int ldy = 0) {
+    taken.take(x, count, k);
+    product_of_taken(w, y, count, n, ldy);
   }
+  void product_of_taken(const Linear& w, float* y, int count, int n, int ldy = 0) const {
+    multiply(w, taken, count, y, ldy ? ldy : n, first(n), last(n));
+  }
+  void whole_product(const Linear& w, const float* x, float* y, int count, int n, int k) {
+    taken.take(x, count, k);
+    multiply(w, taken, count, y, n, 0, n);
+  }
+  Inputs<T> taken;
 
   void walk() {
     const T* given = (const T*)s.input;
