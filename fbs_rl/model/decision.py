@@ -26,7 +26,7 @@ class Decider:
     forced: frozenset[int]
     position_BT: Tensor
     gated_BT: Tensor
-    noise_LBT: Tensor | None = None  # 1 where no gate may act: no probability is above it
+    noise_LBT: Tensor | None = field(init=False, default=None)
     bar_BT: Tensor | None = field(init=False, default=None)  # τ; out of reach where no gate may act
     sharpness: tuple[Tensor, float | Tensor] | None = field(init=False, default=None)
 
@@ -45,15 +45,21 @@ class Decider:
         gated_BT = position_BT >= request.decode_start_B.unsqueeze(1)
         if valid_BT is not None:
             gated_BT = gated_BT & valid_BT
-        noise_LBT = None
-        if request.mode is GateMode.SAMPLE:
-            noise_LBT = request.noise_LBT
-            if noise_LBT is None:
-                assert request.seed_B is not None
-                noise_LBT = block_uniform(config, request.seed_B, position_BT)
-            noise_LBT = torch.where(gated_BT, noise_LBT, 1.0)
         forced = config.forced_layers(request.never_skip)
-        return cls(config, request, forced, position_BT, gated_BT, noise_LBT)
+        return cls(config, request, forced, position_BT, gated_BT)
+
+    def noise(self) -> Tensor:
+        """What SAMPLE compares p with [L, B, T]: 1 where no gate may act, as no probability is above it.
+
+        Drawn when it is asked for: the compiled step draws the same by itself.
+        """
+        if self.noise_LBT is None:
+            drawn_LBT = self.request.noise_LBT
+            if drawn_LBT is None:
+                assert self.request.seed_B is not None
+                drawn_LBT = block_uniform(self.config, self.request.seed_B, self.position_BT)
+            self.noise_LBT = torch.where(self.gated_BT, drawn_LBT, 1.0)
+        return self.noise_LBT
 
     def verdict(self, layer: int) -> Verdict:
         """How `layer` decides."""
@@ -66,7 +72,7 @@ class Decider:
             protected=layer in self.forced,
             given_BT=None if given_LBT is None else given_LBT[layer],
             bar_BT=self.bar_BT,
-            noise_BT=None if self.noise_LBT is None else self.noise_LBT[layer],
+            noise_BT=self.noise()[layer] if request.mode is GateMode.SAMPLE else None,
             sharpness=self.sharpness,
         )
 

@@ -229,6 +229,8 @@ class FBSModel(FBSPreTrainedModel):
 
 
 def _columns(tokens: Tokens, start: int, stop: int) -> Tokens:
+    if (start, stop) == (0, tokens.position_BT.shape[1]) and not tokens.keep_states:
+        return tokens
     part = slice(start, stop)
     return Tokens(
         tokens.state_BTd[:, part],
@@ -239,17 +241,19 @@ def _columns(tokens: Tokens, start: int, stop: int) -> Tokens:
 
 
 def _narrow(decider: Decider, start: int, stop: int) -> Decider:
-    part = slice(start, stop)
-    skip, noise = decider.request.skip_LBT, decider.noise_LBT
-    request = decider.request
-    if skip is not None:
-        request = dataclasses.replace(request, skip_LBT=skip[:, :, part])
+    if (start, stop) == (0, decider.position_BT.shape[1]):
+        return decider
+    part, request = slice(start, stop), decider.request
+    given = {
+        name: told[:, :, part]
+        for name, told in (("skip_LBT", request.skip_LBT), ("noise_LBT", request.noise_LBT))
+        if told is not None
+    }
     return dataclasses.replace(
         decider,
-        request=request,
+        request=dataclasses.replace(request, **given) if given else request,
         position_BT=decider.position_BT[:, part],
         gated_BT=decider.gated_BT[:, part],
-        noise_LBT=None if noise is None else noise[:, :, part],
     )
 
 

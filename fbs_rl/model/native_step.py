@@ -232,9 +232,15 @@ def _bars(decider: Decider) -> dict[str, Tensor]:
     if mode is GateMode.THRESHOLD:
         assert decider.bar_BT is not None
         return {"bar": decider.bar_BT.contiguous()}
+    if mode is GateMode.SAMPLE and decider.request.noise_LBT is not None:
+        return {"bar": decider.noise().contiguous()}
     if mode is GateMode.SAMPLE:
-        assert decider.noise_LBT is not None
-        return {"bar": decider.noise_LBT.contiguous()}
+        assert decider.request.seed_B is not None
+        return {
+            "seed": decider.request.seed_B.contiguous(),
+            "position": decider.position_BT.long().contiguous(),
+            "gated": decider.gated_BT.contiguous(),
+        }
     if mode is GateMode.REPLAY:
         assert decider.request.skip_LBT is not None
         return {"given": decider.request.skip_LBT.contiguous()}

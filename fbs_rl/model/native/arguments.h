@@ -59,7 +59,8 @@ struct ChunkArguments {
 };
 
 // mode: 0 nothing skips, 1 p >= bar, 2 bar < p, 3 given. asks: gates are computed; without, 1 skips where bar is
-// -inf. bar: [layers, rows], or one row of it for all (bar_stride 0). never: layers that always run in this call.
+// -inf. bar: [layers, rows], or one row of it for all (bar_stride 0); null in mode 2: drawn from the rows' seed and
+// position, 1 where gated says that no gate acts. never: layers that always run in this call.
 // entries: places in use of each layer and row before this token, [layers, rows]. most_owed: places for which a layer that
 // all rows skip may leave keys and values to a step that needs them. added: 1 for layers in which the step left an entry
 // (and wrote all that was owed), 2 where it owes it. prob, skip: [layers, rows]. windows: [looks, rows]; queries,
@@ -70,8 +71,8 @@ struct StepArguments {
   float temperature;
   long long bar_stride, pages_stride;
   const float *bar, *cosine, *sine;
-  const unsigned char *given, *never;
-  const long long *entries;
+  const unsigned char *given, *never, *gated;
+  const long long *entries, *seed, *position;
   const int *pages;
   const CacheArguments *cache;
   const ChunkArguments *chunks;

@@ -26,7 +26,21 @@ void decide(int l, const LayerArguments& w) {
   }
 }
 
-float bar_of(int l, int r) const { return s.bar[l * s.bar_stride + r]; }
+float bar_of(int l, int r) const { return s.bar ? s.bar[l * s.bar_stride + r] : drawn(l - l % m.block, r); }
+
+// The layer's uniform number, bit for bit that of fbs_rl/model/skip_gate.py.
+float drawn(int l, int r) const {
+  if (!s.gated[r]) return 1.0f;
+  const uint64_t seed = s.seed[r];
+  uint32_t word = stir(seed) ^ stir(uint32_t(seed >> 32) ^ 0x9E3779B9u);
+  word = stir(word ^ stir(uint32_t(s.position[r]) ^ 0x85EBCA6Bu));
+  return (stir(word + l * 0xC2B2AE35u) >> 8) * 0x1p-24f;
+}
+static uint32_t stir(uint32_t word) {
+  word = (word ^ (word >> 16)) * 0x85EBCA6Bu;
+  word = (word ^ (word >> 13)) * 0xC2B2AE35u;
+  return word ^ (word >> 16);
+}
 
 void ask(const LayerArguments& w) {
   const int wide = m.gate_residual + m.gate_preview;

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fbs_rl.model.chunk_head import BoundaryHead, distance_bucket
 from fbs_rl.model.configuration import FBSConfig
@@ -135,6 +136,7 @@ class Watch:
         self._held = self._there()
         self._addresses = self._now()
         self._owners = self._count()
+        self._unheard_at = -1
         tensors = [*model.parameters(), *model.buffers()]
         self.bytes = sum(t.numel() * t.element_size() for t in tensors)
         self.kinds = {(t.dtype, t.device.type) for t in tensors if t.is_floating_point()}
@@ -159,4 +161,9 @@ class Watch:
         return same
 
     def unheard(self) -> bool:
-        return not any(self._hooks)
+        registered = RemovableHandle.next_id  # every hook takes a number
+        if registered != self._unheard_at:
+            if any(self._hooks):
+                return False
+            self._unheard_at = registered
+        return True
