@@ -30,42 +30,52 @@ static void score_rows(const T* keys, const float* q, float* score, int count, i
   }
 }
 
-// The same where a key's numbers lie `page` apart; keys: that of the first entry.
+// Scores of eight times VECTORS entries where a key's numbers lie `page` apart.
+template <class T, int VECTORS>
+static inline void score_some_columns(const T* keys, const float* q, float* score, int dim, int page) {
+  f8 sum[VECTORS] = {};
+  for (int j = 0; j < dim; j++)
+    for (int v = 0; v < VECTORS; v++) sum[v] += load8(keys + (long)j * page + 8 * v) * q[j];
+  for (int v = 0; v < VECTORS; v++) store8(score + 8 * v, sum[v]);
+}
+
+// The same as score_rows for keys in columns; keys: that of the first entry. Up to seven entries behind the last are
+// read and scored too, whatever lies there: the numbers of the next column, or values.
 template <class T>
 static void score_columns(const T* keys, const float* q, float* score, int count, int dim, int page) {
-  int s = 0;
-  for (; s + 8 <= count; s += 8) {
-    f8 sum = all8(0.0f);
-    for (int j = 0; j < dim; j++) sum += load8(keys + (long)j * page + s) * q[j];
-    store8(score + s, sum);
+  for (int s = 0; s < count;) {
+    const int left = count - s;
+    if (left > 24) {
+      score_some_columns<T, 4>(keys + s, q, score + s, dim, page);
+      s += 32;
+    } else if (left > 8) {
+      score_some_columns<T, 2>(keys + s, q, score + s, dim, page);
+      s += 16;
+    } else {
+      score_some_columns<T, 1>(keys + s, q, score + s, dim, page);
+      s += 8;
+    }
   }
-  for (; s < count; s++) {
-    float sum = 0.0f;
-    for (int j = 0; j < dim; j++) sum += widen(keys[(long)j * page + s]) * q[j];
-    score[s] = sum;
-  }
+}
+
+// out += weighed values, of eight times VECTORS numbers of each entry.
+template <class T, int VECTORS>
+static inline void weigh_some(const T* values, const float* weight, float* out, int count, int dim) {
+  f8 sum[VECTORS];
+  for (int v = 0; v < VECTORS; v++) sum[v] = load8(out + 8 * v);
+  for (int s = 0; s < count; s++)
+    for (int v = 0; v < VECTORS; v++) sum[v] += load8(values + (long)s * dim + 8 * v) * weight[s];
+  for (int v = 0; v < VECTORS; v++) store8(out + 8 * v, sum[v]);
 }
 
 template <class T>
 static void weigh_values(const T* values, const float* weight, float* out, int count, int dim) {
-  if (dim % 8) {
-    for (int s = 0; s < count; s++)
-      for (int j = 0; j < dim; j++) out[j] += widen(values[(long)s * dim + j]) * weight[s];
-    return;
-  }
-  for (int j = 0; j < dim; j += 16) {
-    f8 a = load8(out + j), b = j + 8 < dim ? load8(out + j + 8) : a;
-    if (j + 8 < dim) {
-      for (int s = 0; s < count; s++) {
-        a += load8(values + (long)s * dim + j) * weight[s];
-        b += load8(values + (long)s * dim + j + 8) * weight[s];
-      }
-      store8(out + j + 8, b);
-    } else {
-      for (int s = 0; s < count; s++) a += load8(values + (long)s * dim + j) * weight[s];
-    }
-    store8(out + j, a);
-  }
+  int j = 0;
+  for (; j + 64 <= dim; j += 64) weigh_some<T, 8>(values + j, weight, out + j, count, dim);
+  for (; j + 16 <= dim; j += 16) weigh_some<T, 2>(values + j, weight, out + j, count, dim);
+  for (; j + 8 <= dim; j += 8) weigh_some<T, 1>(values + j, weight, out + j, count, dim);
+  for (; j < dim; j++)
+    for (int s = 0; s < count; s++) out[j] += widen(values[(long)s * dim + j]) * weight[s];
 }
 
 // Where a row's entries lie: runs of neighbours.
@@ -99,9 +109,7 @@ static void attend(
     else
       score_rows(keys, query, score + first, run, dim);
   });
-  float own = 0.0f;
-  for (int j = 0; j < dim; j++) own += own_key[j] * query[j];
-  score[count] = own;
+  score[count] = dot(own_key, query, dim);
   for (int s = 0; s <= count; s++) score[s] *= scale;
   if (in.exists)
     for (int s = 0; s < count; s++)

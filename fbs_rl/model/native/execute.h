@@ -198,7 +198,7 @@ void attend_head(int l, const LayerArguments& w, int item) {
       !s.page && c.exists ? c.exists + r * c.exists_stride : nullptr,
       s.page ? s.pages + (long)r * s.pages_stride : nullptr,
       c.block_stride, group * c.head_stride, s.page, s.page ? s.page_columns : 0, (int)count, dim};
-  score.resize(std::max<size_t>(score.size(), count + 1));
+  score.resize(std::max<size_t>(score.size(), count + 8));
   attend(in, query, key.data() + (long)j * groups + group * dim, room.value.data() + (long)j * groups + group * dim,
          m.scale, score.data(), room.attended.data() + (long)j * m.heads * dim + head * dim);
 }

@@ -70,6 +70,22 @@ static inline float sum8(f8 v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+template <class T>
+static inline float dot(const T* w, const float* x, int k) {
+  f8 a = all8(0.0f), b = a, c = a, d = a;
+  int j = 0;
+  for (; j + 32 <= k; j += 32) {
+    a += load8(w + j) * load8(x + j);
+    b += load8(w + j + 8) * load8(x + j + 8);
+    c += load8(w + j + 16) * load8(x + j + 16);
+    d += load8(w + j + 24) * load8(x + j + 24);
+  }
+  for (; j + 8 <= k; j += 8) a += load8(w + j) * load8(x + j);
+  float sum = sum8((a + b) + (c + d));
+  for (; j < k; j++) sum += widen(w[j]) * x[j];
+  return sum;
+}
+
 // Sums of eight vectors, side by side.
 static inline f8 sums8(const f8* v) {
   const u8 even = {0, 8, 2, 10, 4, 12, 6, 14}, odd = {1, 9, 3, 11, 5, 13, 7, 15};
@@ -125,9 +141,12 @@ static inline void softmax(float* x, int count) {
     sums += e;
   }
   float sum = sum8(sums);
-  for (; i < count; i++) {
-    x[i] = expf(x[i] - top);
-    sum += x[i];
+  if (i < count) {  // as a whole vector too: expf takes as long for one
+    float last[8] = {};
+    memcpy(last, x + i, (count - i) * sizeof(float));
+    store8(last, exp8(load8(last) - top));
+    memcpy(x + i, last, (count - i) * sizeof(float));
+    for (; i < count; i++) sum += x[i];
   }
   const float share = 1.0f / sum;
   for (i = 0; i < count; i++) x[i] *= share;

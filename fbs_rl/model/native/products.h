@@ -3,22 +3,6 @@
 #include "arguments.h"
 #include "inputs.h"
 
-template <class T>
-static inline float dot(const T* w, const float* x, int k) {
-  f8 a = all8(0.0f), b = a, c = a, d = a;
-  int j = 0;
-  for (; j + 32 <= k; j += 32) {
-    a += load8(w + j) * load8(x + j);
-    b += load8(w + j + 8) * load8(x + j + 8);
-    c += load8(w + j + 16) * load8(x + j + 16);
-    d += load8(w + j + 24) * load8(x + j + 24);
-  }
-  for (; j + 8 <= k; j += 8) a += load8(w + j) * load8(x + j);
-  float sum = sum8((a + b) + (c + d));
-  for (; j < k; j++) sum += widen(w[j]) * x[j];
-  return sum;
-}
-
 // Bytes by which weights are asked for ahead, into the second cache: where several rows are multiplied, the processor
 // does not see far enough ahead by itself.
 static const long AHEAD = 64 << 10;

@@ -16,10 +16,13 @@ static void run(const ModelArguments& m, const StepArguments& s) {
 extern "C" void fbs_step_float(const ModelArguments* m, const StepArguments* s) { run<float>(*m, *s); }
 extern "C" void fbs_step_bf16(const ModelArguments* m, const StepArguments* s) { run<bf16>(*m, *s); }
 
+// Outputs of the language-model head that are made at a time, so that they are near when they are narrowed.
+static const int SOME = 2048;
+
 // y = x W^T + b of a few rows: the language-model head.
 template <class T>
 static void product(const Linear& w, const T* x, T* y, int rows, int outputs, int inputs, int threads) {
-  Floats wide((long)rows * inputs), made((long)rows * outputs);
+  Floats wide((long)rows * inputs);
   for (long i = 0; i < (long)rows * inputs; i++) wide[i] = widen(x[i]);
 #pragma omp parallel num_threads(threads)
   {
@@ -27,9 +30,14 @@ static void product(const Linear& w, const T* x, T* y, int rows, int outputs, in
     const int first = (long)outputs * me / many, last = (long)outputs * (me + 1) / many;
     Inputs<T> taken;
     taken.take(wide.data(), rows, inputs);
-    multiply(w, taken, rows, made.data(), outputs, first, last);
-    for (int r = 0; r < rows; r++)
-      for (int i = first; i < last; i++) narrow(made[(long)r * outputs + i], y + (long)r * outputs + i);
+    Floats made((long)rows * std::min(SOME, last - first));
+    for (int from = first; from < last; from += SOME) {
+      const int some = std::min(SOME, last - from);
+      const Linear part = {(const T*)w.weight + (long)from * inputs, w.bias ? (const T*)w.bias + from : nullptr};
+      multiply(part, taken, rows, made.data(), some, 0, some);
+      for (int r = 0; r < rows; r++)
+        for (int i = 0; i < some; i++) narrow(made[(long)r * some + i], y + (long)r * outputs + from + i);
+    }
   }
 }
 

@@ -137,7 +137,9 @@ class Watch:
         self._addresses = self._now()
         self._owners = self._count()
         self._unheard_at = -1
-        tensors = [*model.parameters(), *model.buffers()]
+        named = (*model.named_parameters(), *model.named_buffers())
+        # Angles come with the tokens, and stay in float32 whatever the model's type.
+        tensors = [t for name, t in named if not name.startswith("rotary_emb.")]
         self.bytes = sum(t.numel() * t.element_size() for t in tensors)
         self.kinds = {(t.dtype, t.device.type) for t in tensors if t.is_floating_point()}
 
