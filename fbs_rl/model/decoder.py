@@ -229,8 +229,6 @@ class FBSModel(FBSPreTrainedModel):
 
 
 def _columns(tokens: Tokens, start: int, stop: int) -> Tokens:
-    if (start, stop) == (0, tokens.position_BT.shape[1]) and not tokens.keep_states:
-        return tokens
     part = slice(start, stop)
     return Tokens(
         tokens.state_BTd[:, part],
@@ -241,8 +239,6 @@ def _columns(tokens: Tokens, start: int, stop: int) -> Tokens:
 
 
 def _narrow(decider: Decider, start: int, stop: int) -> Decider:
-    if (start, stop) == (0, decider.position_BT.shape[1]):
-        return decider
     part, request = slice(start, stop), decider.request
     given = {
         name: told[:, :, part]

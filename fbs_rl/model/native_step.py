@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fbs_rl.model.modeling import FBSModel
 
 MOST_ROWS = 32
-"""Beyond it a library's products, which are made for many rows, are faster."""
+"""As many as products have been made and measured for; a library's are made for more."""
 _MOST_OWED = 16
 """Tokens of a row whose keys and values a skipped layer may owe: their product then still costs what its weights do."""
 _SHARED_BYTES = 4 << 20

@@ -1,6 +1,7 @@
 // The inputs of a product, laid out as its vectors read them.
 #pragma once
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "lanes.h"
@@ -28,6 +29,18 @@ struct Layout {
 };
 static const int WIDEST = 2 * LANES;
 
+// Calls go with the width of a block of several rows as a constant.
+template <class Do>
+static inline void with_width(int wide, Do&& go) {
+  switch (wide) {
+    case 2: return go(std::integral_constant<int, 2>());
+    case 4: return go(std::integral_constant<int, 4>());
+    case 8: return go(std::integral_constant<int, 8>());
+    case 16: return go(std::integral_constant<int, 16>());
+    default: return go(std::integral_constant<int, WIDEST>());
+  }
+}
+
 // Rows [0, rows) of inputs [rows, numbers], whole in blocks. One row alone is read where it lies.
 template <class T>
 struct Inputs {
@@ -51,7 +64,8 @@ struct Inputs {
       first += some;
     }
     if (laid.size() < room) laid.resize(room);
-    for (const Block& block : blocks) lay_block(block);
+    for (const Block& block : blocks)
+      if (block.wide > 1) with_width(block.wide, [&](auto wide) { lay<wide>(block); });
   }
 
  private:
@@ -60,16 +74,6 @@ struct Inputs {
     for (int wide = WIDEST; wide > 1; wide /= 2)
       if (wide > 8 ? 4 * left > 3 * wide : 2 * left > wide) return wide;
     return 1;
-  }
-
-  void lay_block(const Block& block) {
-    switch (block.wide) {
-      case 2: return lay<2>(block);
-      case 4: return lay<4>(block);
-      case 8: return lay<8>(block);
-      case 16: return lay<16>(block);
-      case 32: return lay<(WIDEST < 32 ? WIDEST : 32)>(block);
-    }
   }
 
   template <int WIDE>

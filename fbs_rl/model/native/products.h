@@ -80,18 +80,13 @@ static void multiply(const Linear& m, const Inputs<T>& x, int rows, float* y, in
       const int some = rows - block.first < block.rows ? rows - block.first : block.rows;
       if (some <= 0) break;
       const char* ahead = block.first || far >= ends ? near : far;
-      switch (block.wide) {
-        case 1:
-          for (int o = i; o < stop; o++) {
-            const float made = dot(w + (long)o * k, x.given + (long)block.first * k, k);
-            y[(long)block.first * ldy + o] = rounded<T>(bias ? made + widen(bias[o]) : made);
-          }
-          break;
-        case 2: multiply_block<T, 2>(m, x, block, some, y, ldy, i, stop, ahead); break;
-        case 4: multiply_block<T, 4>(m, x, block, some, y, ldy, i, stop, ahead); break;
-        case 8: multiply_block<T, 8>(m, x, block, some, y, ldy, i, stop, ahead); break;
-        case 16: multiply_block<T, 16>(m, x, block, some, y, ldy, i, stop, ahead); break;
-        default: multiply_block<T, WIDEST>(m, x, block, some, y, ldy, i, stop, ahead);
+      if (block.wide > 1) {
+        with_width(block.wide, [&](auto wide) { multiply_block<T, wide>(m, x, block, some, y, ldy, i, stop, ahead); });
+        continue;
+      }
+      for (int o = i; o < stop; o++) {
+        const float made = dot(w + (long)o * k, x.given + (long)block.first * k, k);
+        y[(long)block.first * ldy + o] = rounded<T>(bias ? made + widen(bias[o]) : made);
       }
     }
   }
