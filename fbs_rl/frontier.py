@@ -34,6 +34,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "previews-4": ("model.preset=default", "model.options.paw_layers=every:4"),
     "block-2": ("model.preset=default", "model.options.gate_block=2"),
     "block-4": ("model.preset=default", "model.options.gate_block=4"),
+    "gates-here": ("model.preset=default", "model.options.gate_ahead=0"),
     "undistilled": ("model.preset=default", "model.options.loss_distill=0.0"),
     "frozen-teacher": (
         "model.preset=default",

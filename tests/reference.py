@@ -129,6 +129,8 @@ class _Reader:
         if not self.c.gate:
             return set(self.layers)
         named = {self._layer(i) for i in (*self.c.never_skip, *self.gates.never_skip)}
+        if self.c.gate_ahead:
+            named |= set(self.layers[: self.c.gate_block])
         return named | ({self.boundary_layer} if self.boundary_layer is not None else set())
 
     # --- one token -----------------------------------------------------------------------------------
@@ -158,10 +160,12 @@ class _Reader:
             if i in self.reader_layers:
                 injected = injected + self._consult(i, position, seen)
                 self.normed[i].append(seen)
-            if i % self.c.gate_block == 0:
+            known = chance
+            if (i + self.c.gate_ahead) % self.c.gate_block == 0:
                 chance = self._chance(i, seen, motion, preview)
-            skip = self._decide(i, position, chance)
-            probs.append(0.0 if chance is None or i in self.forced else chance)
+            decided = known if self.c.gate_ahead else chance
+            skip = self._decide(i, position, decided)
+            probs.append(0.0 if decided is None or i in self.forced else decided)
             skips.append(skip)
             if skip:
                 self._leave(i, position, state)
@@ -303,7 +307,8 @@ class _Reader:
     def _chance(
         self, i: int, seen: Array, motion: tuple[float, float], preview: tuple[Array, float] | None
     ) -> float | None:
-        block = set(range(i, min(i + self.c.gate_block, len(self.layers))))
+        start = i + self.c.gate_ahead
+        block = set(range(start, min(start + self.c.gate_block, len(self.layers))))
         own = {self._layer(n) for n in self.c.never_skip} | {self.boundary_layer}
         if not self.c.gate or block <= own:
             return None

@@ -175,7 +175,9 @@ def test_backbone_weights_are_copied_exactly(family: str, options: Any, tmp_path
         assert not any(t.is_meta or t.isnan().any() for t in made.state_dict().values())
         with torch.no_grad():
             assert torch.equal(made(IDS).logits, original(IDS).logits)
-        preset = FBSConfig.preset(options) if isinstance(options, str) else options or FBSConfig()
+        preset = (
+            options if isinstance(options, FBSConfig) else FBSConfig.preset(options or "default")
+        )
         assert made.config.kv_on_skip == preset.kv_on_skip
         assert made.config.paw_rank == preset.paw_rank
         assert made.config.paw_layers == preset.paw_layers

@@ -219,7 +219,7 @@ def test_an_fbs_folder_is_read_with_its_tokenizer(places: dict[str, str]) -> Non
 def test_a_plain_folder_becomes_an_fbs_model(places: dict[str, str], fbs: Any) -> None:
     loaded = load_model(places["plain"], fbs=fbs)
     assert torch.equal(logits(loaded.model), logits(backbone()))
-    wanted = FBSConfig.preset(fbs) if isinstance(fbs, str) else fbs or FBSConfig()
+    wanted = fbs if isinstance(fbs, FBSConfig) else FBSConfig.preset(fbs or "default")
     for name in ("tau", "paw_rank", "kv_on_skip", "skip_path", "loss_distill"):
         assert getattr(loaded.model.config, name) == getattr(wanted, name), name
 

@@ -26,7 +26,8 @@ OTHER: dict[str, Any] = {
     "paw_embed_space": "full", "paw_compression": "linear", "chunk": False, "chunk_boundary_layer": 3,
     "chunk_layers": [5, 6], "chunk_width": 24, "chunk_heads": 3, "chunk_cache": 17, "chunk_distance_buckets": 6,
     "chunk_close_rate": 0.5, "chunk_consistency": "infonce", "gate": True, "gate_inputs": "residual",
-    "gate_residual_width": 9, "gate_preview_width": 10, "gate_hidden": 11, "gate_block": 2, "gate_logit_clip": 3.0,
+    "gate_residual_width": 9, "gate_preview_width": 10, "gate_hidden": 11, "gate_block": 2, "gate_ahead": 1,
+    "gate_logit_clip": 3.0,
     "gate_bias_init": -1.0, "segment_position": True, "segment_max_sentences": 12, "segment_max_paragraphs": 13,
     "segment_max_tokens": 14, "loss_preview": 0.1, "loss_chunk": 0.2, "loss_consistency": 0.3, "loss_window": 0.4,
     "loss_gate": 0.6, "loss_distill": 0.7, "loss_preview_taps": 3,
@@ -47,9 +48,11 @@ def bound(**options: Any) -> FBSConfig:
 
 def test_presets() -> None:
     default, paper = FBSConfig.preset("default"), FBSConfig.preset("paper")
-    assert default.to_dict() == FBSConfig().to_dict()
+    # What a folder means that was saved before the option was there.
+    assert {**default.to_dict(), "gate_ahead": 0} == FBSConfig().to_dict()
     changed = {k for k in OPTION_NAMES if getattr(default, k) != getattr(paper, k)}
-    assert changed == {"kv_on_skip", "skip_path", "paw_layers", "loss_distill"}
+    assert changed == {"kv_on_skip", "skip_path", "paw_layers", "gate_ahead", "loss_distill"}
+    assert (default.gate_ahead, paper.gate_ahead) == (1, 0)
     assert (paper.kv_on_skip, paper.skip_path, paper.loss_distill) == ("noop", "identity", 0.0)
     assert (default.paw_layers, paper.paw_layers) == ("every:12", "every:4")
     assert FBSConfig.preset("paper", kv_on_skip="project", tau=0.5).kv_on_skip == "project"
@@ -276,6 +279,31 @@ def test_gate_leaders(block: int, never: Any, wanted: tuple[int, ...]) -> None:
     assert tuple(i for i, there in enumerate(gates) if there) == wanted
 
 
+@pytest.mark.parametrize(
+    ("block", "never", "leaders", "protected"),
+    [
+        (1, [], (0, 2, 3, 4, 5, 6), {0, 2}),
+        (1, [0, -1], (0, 2, 3, 4, 5), {0, 2, 7}),
+        (2, [3], (3, 5), {0, 1, 2, 3}),
+        (3, [], (2, 5), {0, 1, 2}),
+        (9, [], (), set(range(8))),
+    ],
+)
+def test_gates_a_layer_ahead(
+    block: int, never: Any, leaders: tuple[int, ...], protected: set[int]
+) -> None:
+    """They are held by the layer in front of their block; nobody is in front of the first."""
+    config = bound(gate_block=block, gate_ahead=1, never_skip=list(never))
+    assert config.gate_leaders == leaders and config.protected_layers == protected
+    free = set(range(LAYERS)) - protected
+    assert {m for leader in leaders for m in config.block_asked_at(leader)} >= free
+
+
+def test_gates_two_layers_ahead_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"gate_ahead is 2; a gate reads the state in front of"):
+        bound(gate_ahead=2)
+
+
 def test_without_gates_every_layer_is_protected() -> None:
     config = bound(gate=False)
     assert config.protected_layers == set(range(LAYERS)) and config.gate_leaders == ()
@@ -323,6 +351,7 @@ MIXTURES = st.fixed_dictionaries(
         "gate": st.booleans(),
         "gate_inputs": st.sampled_from(["residual", "preview", "both"]),
         "gate_block": st.integers(1, 9),
+        "gate_ahead": st.integers(0, 1),
         "gate_logit_clip": st.sampled_from([0.01, 6.0, 50.0]),
         "gate_bias_init": st.sampled_from([-60.0, 0.0, 60.0]),
         "segment_position": st.booleans(),

@@ -32,7 +32,9 @@ models = st.builds(
     st.sampled_from(["llama", "qwen3"]),
     st.sampled_from(["project", "noop"]),
     st.sampled_from(["identity", "adapter"]),
-    st.sampled_from([{}, {"gate_block": 2}, {"segment_position": True}, {"chunk_cache": 2}]),
+    st.sampled_from(
+        [{}, {"gate_block": 2}, {"gate_ahead": 1}, {"segment_position": True}, {"chunk_cache": 2}]
+    ),
 )
 
 

@@ -19,11 +19,12 @@ from tests.tiny import LAYERS, NOOP, fresh, lively
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"gate_block": 3},
+    {"gate_ahead": 1},
     {"paw": False, "chunk": False, "gate_inputs": "residual"},
     {"gate_inputs": "preview"},
     NOOP,
 ]
-NAMES = ["default", "blocks", "residual", "preview", "noop"]
+NAMES = ["default", "blocks", "ahead", "residual", "preview", "noop"]
 NEVER = (5,)
 
 

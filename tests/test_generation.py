@@ -19,6 +19,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"family": "qwen3", **NOOP},
     {"gate_block": 2, "kv_on_skip": "noop", "segment_position": True},
+    {"gate_ahead": 1},
 ]
 THRESHOLD: dict[str, Any] = {"gates": "threshold", "tau": 0.5}
 GATES: list[dict[str, Any]] = [
@@ -28,7 +29,9 @@ GATES: list[dict[str, Any]] = [
     {"gates": "dense"},
 ]
 IDS, MASK = left_padded(31, [9, 4, 7])
-each_option = pytest.mark.parametrize("options", OPTIONS, ids=["default", "paper", "blocks"])
+each_option = pytest.mark.parametrize(
+    "options", OPTIONS, ids=["default", "paper", "blocks", "ahead"]
+)
 each_gate = pytest.mark.parametrize("gates", GATES, ids=["threshold", "taus", "sample", "dense"])
 
 

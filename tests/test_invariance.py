@@ -18,6 +18,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"family": "qwen3", **NOOP},
     {"gate_block": 2, "kv_on_skip": "noop"},
+    {"gate_ahead": 1},
     {"paw_compression": "none", "chunk_cache": 2, "segment_position": True},
 ]
 GATES: list[dict[str, Any]] = [
@@ -75,7 +76,7 @@ def test_later_tokens_do_change_what_follows() -> None:
 
 
 @pytest.mark.parametrize("gates", GATES, ids=lambda g: g["gates"])
-@pytest.mark.parametrize("config", OPTIONS, ids=["default", "paper", "blocks", "variants"])
+@pytest.mark.parametrize("config", OPTIONS, ids=["default", "paper", "blocks", "ahead", "variants"])
 def test_no_gradient_flows_from_later_tokens(config: dict[str, Any], gates: dict[str, Any]) -> None:
     """The strict form of suffix invariance for everything that is differentiable."""
     if config.get("segment_position"):

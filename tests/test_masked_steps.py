@@ -28,7 +28,8 @@ def walked(model: Any, skipping: SkippingRows, **gates: Any) -> list[PassResult]
 
 
 @pytest.mark.parametrize(
-    "options", [{}, NOOP, {**NOOP, "gate_block": 2}, {"family": "qwen3", "chunk": False}]
+    "options",
+    [{}, NOOP, {**NOOP, "gate_block": 2}, {"gate_ahead": 1}, {"family": "qwen3", "chunk": False}],
 )
 @pytest.mark.parametrize("tau", [0.5, 0.0])
 def test_masked_rows_give_what_dropped_ones_give(options: dict[str, Any], tau: float) -> None:

@@ -29,6 +29,8 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     NOOP,
     {"gate_block": 2},
+    {"gate_ahead": 1},
+    {"gate_block": 3, "gate_ahead": 1, "kv_on_skip": "noop"},
     {"chunk": False},
     {"paw": False, "gate_inputs": "residual"},
     {"gate_inputs": "preview", "paw_layers": "all"},

@@ -21,6 +21,7 @@ from tests.tiny import LAYERS, NOOP, fresh, lively, stepwise
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"gate_block": 3},
+    {"gate_ahead": 1},
     {"paw": False, "chunk": False, "gate_inputs": "residual"},
     NOOP,
 ]
@@ -35,7 +36,9 @@ def drawn(model: Any, protected: float = 0.0) -> list[SegmentRollout]:
     return [segment for episode in episodes for segment in episode.segments]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=["default", "blocks", "residual", "noop"])
+@pytest.mark.parametrize(
+    "options", VARIANTS, ids=["default", "blocks", "ahead", "residual", "noop"]
+)
 def test_a_replay_finds_the_probabilities_that_the_rollout_had(options: dict[str, Any]) -> None:
     """The rollouts are checked too: the step-by-step engine draws the same from p itself."""
     model = lively(**options)
@@ -62,7 +65,9 @@ def test_a_replay_finds_the_probabilities_that_the_rollout_had(options: dict[str
         torch.testing.assert_close(steps.gate_prob[:, 0, start:].T, found_TL, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=["default", "blocks", "residual", "noop"])
+@pytest.mark.parametrize(
+    "options", VARIANTS, ids=["default", "blocks", "ahead", "residual", "noop"]
+)
 def test_neighbours_and_padding_change_nothing(options: dict[str, Any]) -> None:
     model = lively(**options)
     segments = drawn(model)

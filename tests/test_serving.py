@@ -43,6 +43,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "noop, adapter": {"kv_on_skip": "noop"},
     "project, identity, qwen3": {"family": "qwen3", "skip_path": "identity"},
     "blocks of two": {"gate_block": 2, "never_skip": (-1,)},
+    "ahead": {"gate_ahead": 1},
+    "blocks of two, ahead, no entries": {"gate_block": 2, "gate_ahead": 1, **NOOP},
     "every layer looks ahead, hard window": {"paw_layers": "all", "paw_inclusion": "hard"},
     "no chunks": {"chunk": False},
     "no previews": {"paw": False, "gate_inputs": "residual"},

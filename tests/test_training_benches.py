@@ -62,6 +62,9 @@ def test_the_frontier_measures_every_arm_on_the_same_tokens(root: Path) -> None:
         ("default", "gate_block", 1),
         ("block-2", "gate_block", 2),
         ("block-4", "gate_block", 4),
+        ("default", "gate_ahead", 1),
+        ("gates-here", "gate_ahead", 0),
+        ("paper", "gate_ahead", 0),
     ],
 )
 def test_an_arm_has_the_option_that_it_is_about(arm: str, option: str, value: str | int) -> None:

@@ -134,8 +134,8 @@ def _centre(model: Any) -> None:
     for layer in model.model.layers:
         if layer.skip_gate is None:
             continue
-        followers = range(layer.index, min(layer.index + model.config.gate_block, LAYERS))
-        free = [i for i in followers if i not in model.config.protected_layers]
+        decided = model.config.block_asked_at(layer.index)
+        free = [i for i in decided if i not in model.config.protected_layers]
         prob = model(ids, gates="threshold", tau=0.5).gate_prob[free[0]]
         layer.skip_gate.out.bias -= torch.logit(prob).quantile(0.55) + 0.02
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig
 from fbs_rl.types import Compression, GateInputs, GateMode, KVPolicy, SkipPathKind
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
+    # Not this option's own default: folders that were saved before it was there mean 0.
+    "default": {"gate_ahead": 1},
     "paper": {
         "kv_on_skip": KVPolicy.NOOP,
         "skip_path": SkipPathKind.IDENTITY,
@@ -124,6 +125,9 @@ class FBSConfig(PreTrainedConfig):
     gate_hidden: int = 64
     gate_block: int = 1
     """Layers that share one decision, taken before the first of them."""
+    gate_ahead: int = 0
+    """Layers between what a gate reads and the block that it decides for: 0, or 1, where a decoder knows before a
+    block begins who skips it, and the first block always runs."""
     gate_logit_clip: float = 6.0
     gate_bias_init: float = -2.0
 
@@ -218,22 +222,33 @@ class FBSConfig(PreTrainedConfig):
 
     @property
     def protected_layers(self) -> frozenset[int]:
-        """Layers that no gate may skip: `never_skip` and the boundary layer."""
+        """Layers that no gate may skip: `never_skip`, the boundary layer, a first block that no layer is ahead of."""
         if not self.gate:
             return frozenset(range(self.layer_count))
         forced = set(self._resolve("never_skip", self.never_skip))
+        if self.gate_ahead:
+            forced |= set(range(min(self.gate_block, self.layer_count)))
         if self.boundary_layer is not None:
             forced.add(self.boundary_layer)
         return frozenset(forced)
 
     @property
     def gate_leaders(self) -> tuple[int, ...]:
-        """Layers that hold a gate: the first of each block with a layer that may be skipped."""
-        size = self.gate_block
-        blocks = (
-            range(s, min(s + size, self.layer_count)) for s in range(0, self.layer_count, size)
+        """Layers that hold a gate: gate_ahead layers before each block with a layer that may be skipped."""
+        starts = range(0, self.layer_count, self.gate_block)
+        protected = self.protected_layers
+        return tuple(
+            s - self.gate_ahead for s in starts if not protected.issuperset(self.decided_at(s))
         )
-        return tuple(b.start for b in blocks if not self.protected_layers.issuperset(b))
+
+    def decided_at(self, start: int) -> range:
+        """The layers of the block that begins at `start`."""
+        return range(start, min(start + self.gate_block, self.layer_count))
+
+    def block_asked_at(self, layer: int) -> range:
+        """The block whose decision is taken where `layer` begins; empty where none is."""
+        start = layer + self.gate_ahead
+        return range(0) if start % self.gate_block else self.decided_at(start)
 
     @property
     def preview_vocab_size(self) -> int:
@@ -275,6 +290,11 @@ class FBSConfig(PreTrainedConfig):
         for name in ("tau", "chunk_close_rate", "loss_skip_target", "paw_window_mean_frac"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        if self.gate_ahead not in (0, 1):
+            raise ValueError(
+                f"gate_ahead is {self.gate_ahead}; a gate reads the state in front of its block (0) or of the layer "
+                f"before (1)"
+            )
         if self.paw_window_mean_frac in (0.0, 1.0):
             raise ValueError(
                 f"paw_window_mean_frac is {self.paw_window_mean_frac}; the window is K times a sigmoid, "

@@ -67,7 +67,8 @@ class Decider:
         given_LBT = request.skip_LBT if request.mode is GateMode.REPLAY else None
         return Verdict(
             gated_BT=self.gated_BT,
-            asks=layer % self.config.gate_block == 0,
+            asks=len(self.config.block_asked_at(layer)) > 0,
+            ahead=self.config.gate_ahead > 0,
             dense=request.mode is GateMode.DENSE,
             protected=layer in self.forced,
             given_BT=None if given_LBT is None else given_LBT[layer],
@@ -81,14 +82,15 @@ class Decider:
 class Verdict:
     """How one layer decides; exactly one of given, bar and noise is there unless nothing can skip.
 
-    asks: a new decision is taken before this layer. dense: nothing skips in this call. protected: this layer
-    never does, whatever its block decides. given_BT: actions of somebody
+    asks: a new decision is taken before this layer, ahead: for a block behind it. dense: nothing skips in this call.
+    protected: this layer never does, whatever its block decides. given_BT: actions of somebody
     else. bar_BT: skip where p reaches it. noise_BT: skip where p is above it. sharpness: (logit τ [B, 1], T) of
     the surrogate of threshold gates.
     """
 
     gated_BT: Tensor
     asks: bool
+    ahead: bool
     dense: bool
     protected: bool
     given_BT: Tensor | None = None

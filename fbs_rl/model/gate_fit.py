@@ -120,7 +120,7 @@ def fit_gates(
     )
     scores = []
     for leader in leaders:
-        members = [m for m in free if leader <= m < leader + model.config.gate_block]
+        members = [m for m in free if m in model.config.block_asked_at(leader)]
         target = log_harm_LNT[members].mean(0).flatten()
         # The mean harm, not the mean log: a layer that is vital for one token in ten must rank as vital.
         level = harm_LNT[members].mean().clamp_min(_HARM_FLOOR_NATS).log()

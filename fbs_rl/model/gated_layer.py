@@ -22,8 +22,8 @@ class LayerPass(NamedTuple):
     """What a layer leaves behind.
 
     state_BTd: its output. normed_BTd: x̂ of it. key, value: [B, G, T, D] of every token. logit_BT: of the
-    block's gate (None: it has none). prob_BT, skip_BT: p and z, zero where nobody decides. soft_BT: z̃. motion_BT2:
-    of the last executed layer. miss_BT: how far the skip path is from the layer, where training asks for it.
+    gate that was asked last (None: there is none). prob_BT, skip_BT: p and z, zero where nobody decides. soft_BT: z̃.
+    motion_BT2: of the last executed layer. miss_BT: how far the skip path is from the layer, where training asks.
     """
 
     state_BTd: Tensor
@@ -64,11 +64,13 @@ def _pass(
 ) -> LayerPass:
     """A layer for every token.
 
-    state_BTd: h. injected_BTd: h̃. logit_BT: of the block's gate, if an earlier layer of the block asked it.
+    state_BTd: h. injected_BTd: h̃. logit_BT: of the gate that an earlier layer asked last.
     """
+    asked_BT = logit_BT
     if verdict.asks:
         gate = layer.skip_gate
-        logit_BT = None if gate is None else gate(normed_BTd, motion_BT2, glance)
+        asked_BT = None if gate is None else gate(normed_BTd, motion_BT2, glance)
+    logit_BT = logit_BT if verdict.ahead else asked_BT
     prob_BT = None if logit_BT is None else torch.sigmoid(logit_BT)
     skip_BT = verdict.skip(prob_BT)
     if skip_BT is not None and layer.config.kv_on_skip == KVPolicy.NOOP:
@@ -89,7 +91,7 @@ def _pass(
             normed,
             key,
             value,
-            logit_BT,
+            asked_BT,
             shown_BT,
             nothing_BT,
             soft_BT,
@@ -104,7 +106,7 @@ def _pass(
     motion = torch.where(skip_BT.unsqueeze(-1), motion_BT2, moved_BT2)
     normed = unit_norm(chosen, layer.config.rms_norm_eps)
     return LayerPass(
-        chosen, normed, key, value, logit_BT, shown_BT, skip_BT, soft_BT, motion, miss_BT
+        chosen, normed, key, value, asked_BT, shown_BT, skip_BT, soft_BT, motion, miss_BT
     )
 
 

@@ -67,7 +67,7 @@ class FBSForCausalLM(FBSPreTrainedModel, GenerationMixin):
             else load_backbone(ModelSource.parse(name, gguf_file), dtype)
         )
         check_family(backbone.config, type(backbone).__name__)
-        options = FBSConfig.preset(fbs) if isinstance(fbs, str) else (fbs or FBSConfig())
+        options = fbs if isinstance(fbs, FBSConfig) else FBSConfig.preset(fbs or "default")
         config = options.bound_to(backbone.config)
         config._attn_implementation = backbone.config._attn_implementation
         with torch.device("meta"):

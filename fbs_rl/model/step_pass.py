@@ -133,14 +133,15 @@ def _look(
 
 def _decide(layer: FBSLayer, normed: Tensor, decider: Decider, step: _Step) -> Tensor | None:
     """z [B] of this layer, None if nobody can skip it."""
-    verdict = decider.verdict(layer.index)
+    verdict, known_B1 = decider.verdict(layer.index), step.prob_B1
     if verdict.asks:
         gate = layer.skip_gate if step.gates_act else None
         step.prob_B1 = (
             None if gate is None else torch.sigmoid(gate(normed, step.motion(), step.glance))
         )
-    skip_B1 = verdict.skip(step.prob_B1)
-    prob_B1 = None if verdict.protected else step.prob_B1
+    decided_B1 = known_B1 if verdict.ahead else step.prob_B1
+    skip_B1 = verdict.skip(decided_B1)
+    prob_B1 = None if verdict.protected else decided_B1
     step.prob.append(step.never_B1 if prob_B1 is None else prob_B1)
     step.skip.append(step.none_B1 if skip_B1 is None else skip_B1)
     return None if skip_B1 is None else skip_B1[:, 0]

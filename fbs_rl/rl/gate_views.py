@@ -59,13 +59,15 @@ class GateViews:
         prob: list[Tensor] = []
         asked_BC = nothing_BC
         for layer in range(config.layer_count):
-            if layer % config.gate_block == 0:
+            known_BC = asked_BC
+            if config.block_asked_at(layer):
                 view = self.of_layer.get(layer)
                 asked_BC = nothing_BC
                 if view is not None:
                     logit_BC = _ask(gates[layer], f"model.layers.{layer}.skip_gate.", view, tensors)
                     asked_BC = torch.where(self.acts_BC, torch.sigmoid(logit_BC), 0.0)
-            prob.append(nothing_BC if layer in forced else asked_BC)
+            decided_BC = known_BC if config.gate_ahead else asked_BC
+            prob.append(nothing_BC if layer in forced else decided_BC)
         return torch.stack(prob)
 
 

@@ -60,16 +60,18 @@ class CompactWalk:
         plan = self.plan
         if plan.bar_LN is None:
             return None
-        if plan.asks and layer.opens_block:
+        known_N = self.prob_N
+        if plan.asks and layer.asks:
             self.prob_N = self.model.gate_probability(layer, normed_Nd, self._motion(), self.glance)
-        prob_N = None if layer.never_skips else self.prob_N
+        decided_N = known_N if layer.decided_before else self.prob_N
+        prob_N = None if layer.never_skips else decided_N
         self.prob.append(
             normed_Nd.new_zeros(len(normed_Nd), dtype=torch.float32) if prob_N is None else prob_N
         )
         if layer.never_skips:
             return None
         bar_N = plan.bar_LN[layer.index]
-        return reaches(self.prob_N, bar_N, plan.consensus).cpu().numpy()
+        return reaches(decided_N, bar_N, plan.consensus).cpu().numpy()
 
     def _motion(self) -> Tensor:
         if self.moved is not None:

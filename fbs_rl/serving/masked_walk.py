@@ -130,19 +130,20 @@ class MaskedWalk:
 
     def _decide(self, layer: ServedLayer, normed_Rd: Tensor) -> Tensor | None:
         """Who skips the layer; None if nobody can."""
-        bar_LR = self.step.bar_LR
-        if bar_LR is not None and layer.opens_block:
+        bar_LR, known_R = self.step.bar_LR, self.prob_R
+        if bar_LR is not None and layer.asks:
             assert self.motion_1R2 is not None
             self.prob_R = self.model.gate_probability(
                 layer, normed_Rd, self.motion_1R2, self.glance
             )
-        if bar_LR is None or self.prob_R is None or layer.never_skips:
+        decided_R = known_R if layer.decided_before else self.prob_R
+        if bar_LR is None or decided_R is None or layer.never_skips:
             none_R = torch.zeros(len(normed_Rd), device=normed_Rd.device)
             self.prob.append(none_R)
             self.skip.append(none_R.bool())
             return None
-        self.prob.append(self.prob_R)
-        self.skip.append(reaches(self.prob_R, bar_LR[layer.index], self.step.consensus))
+        self.prob.append(decided_R)
+        self.skip.append(reaches(decided_R, bar_LR[layer.index], self.step.consensus))
         return self.skip[-1]
 
     def _pass_all(

@@ -142,7 +142,8 @@ class ServedLayer(nn.Module):
         self.skip_path: Any = SkipAdapter(config) if adapts else SkipIdentity()
         # What a step asks of every layer; a configuration's attributes are slow to read.
         self.never_skips = index in config.protected_layers
-        self.opens_block = index % config.gate_block == 0
+        self.asks = len(config.block_asked_at(index)) > 0
+        self.decided_before = config.gate_ahead > 0
         self.finds_chunks = index == config.boundary_layer
         self.projects = config.kv_on_skip == KVPolicy.PROJECT
         if self.paw is not None:

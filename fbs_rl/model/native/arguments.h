@@ -32,7 +32,7 @@ struct ModelArguments {
   Linear boundary;
   const int *bucket_of;
   // Skip-Gate and what a skipped layer does.
-  int gate_residual, gate_preview, gate_hidden, reads_residual, reads_preview, block;
+  int gate_residual, gate_preview, gate_hidden, reads_residual, reads_preview, block, ahead;
   float clip;
   int adapter_rank, projects;
   const LayerArguments *layer;

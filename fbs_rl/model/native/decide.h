@@ -2,18 +2,20 @@
 
 void decide(int l, const LayerArguments& w) {
   const bool gates_act = s.mode == 1 || s.mode == 2;
-  if (l % m.block == 0) {
+  if (m.ahead) decided = prob, is_decided = has_prob;
+  if ((l + m.ahead) % m.block == 0) {
     has_prob = gates_act && s.asks && w.asks;
     if (has_prob) ask(w);
   }
+  if (!m.ahead) decided = prob, is_decided = has_prob;
   const bool never = w.is_protected || s.never[l];
   float mean = 0.0f, bar = 0.0f;
-  for (int r = 0; r < rows && s.consensus; r++) mean += prob[r] / rows, bar += bar_of(l, r) / rows;
+  for (int r = 0; r < rows && s.consensus; r++) mean += decided[r] / rows, bar += bar_of(l, r) / rows;
   for (int r = 0; r < rows; r++) {
     bool skip = false;
     if (s.mode == 3) skip = s.given[(long)l * rows + r];
-    if (gates_act && has_prob) {
-      const float p = s.consensus ? mean : prob[r], b = s.consensus ? bar : bar_of(l, r);
+    if (gates_act && is_decided) {
+      const float p = s.consensus ? mean : decided[r], b = s.consensus ? bar : bar_of(l, r);
       skip = s.mode == 1 ? p >= b : b < p;
     } else if (s.mode == 1) {
       skip = bar_of(l, r) == -INFINITY;
@@ -21,7 +23,7 @@ void decide(int l, const LayerArguments& w) {
     skips[r] = skip && !never;
     if (me == 0) {
       s.skip[(long)l * rows + r] = skips[r];
-      s.prob[(long)l * rows + r] = has_prob && !never ? prob[r] : 0.0f;
+      s.prob[(long)l * rows + r] = is_decided && !never ? decided[r] : 0.0f;
     }
   }
 }

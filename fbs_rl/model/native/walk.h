@@ -68,10 +68,10 @@ struct Walk {
   bool shortlisted = false;
   Floats normed, input, features, inclusion, key, score;
   std::vector<int> shortlist, run, idle;
-  std::vector<float> prob;
+  std::vector<float> prob, decided;  // of the gate that was asked last; of the layer's block
   std::vector<unsigned char> skips, closes, finishes;
   float motion[MOST_ROWS][2];
-  bool has_prob = false;
+  bool has_prob = false, is_decided = false;
 
   Walk(const ModelArguments& m, const StepArguments& s, Room& room, int me, int many)
       : m(m), s(s), room(room), me(me), many(many), rows(s.rows) {
