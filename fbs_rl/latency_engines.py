@@ -123,7 +123,8 @@ def hold_gates(model: FBSForCausalLM, logit_L: list[float]) -> None:
     for layer in model.model.fbs_layers():
         if layer.skip_gate is not None:
             layer.skip_gate.out.weight.zero_()
-            layer.skip_gate.out.bias.fill_(logit_L[layer.index])
+            decided = model.config.block_asked_at(layer.index).start
+            layer.skip_gate.out.bias.fill_(logit_L[decided])
 
 
 def bar_of(variant: Variant) -> float | None:
@@ -201,7 +202,8 @@ class _Graph:
         prepare()  # the decoder keeps copies of gates, so nobody's holding them later reaches it
         self.decoder = GraphDecoder(
             model, load.rows, load.prompt_tokens + load.new_tokens, gates=variant.mode,
-            rows_decide=RowsDecide.TOGETHER if together else RowsDecide.ALONE, launcher=launcher,
+            rows_decide=RowsDecide.TOGETHER if together else RowsDecide.ALONE, prompt_lengths=(load.prompt_tokens,),
+            launcher=launcher,
         )  # fmt: skip
         self.variant, self.config = variant, model.config
 

@@ -63,6 +63,7 @@ class Bench:
         room = plan.room_bytes + (0 if norm is None else norm.nbytes)
         if kind.reads == "BOTH":
             room += self.shape.rows * self.shape.row_bytes(columns)
+            values = {"bare_from": sum(rows[:-1]), "keeps": 1} | values
         return make_call(name, room, weights=matrices, **values)
 
 

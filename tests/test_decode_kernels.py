@@ -90,7 +90,7 @@ def test_the_end_of_a_layer_that_all_skip(bench: Bench, adapts: str) -> None:
     if adapts == "adapter":
         path |= {"up": up, "down": down[:, 8:], "down_stride": 16, "rank": 8}
         wanted = wanted + torch.nn.functional.silu(down[:, 8:].double()) @ up.double().T
-    bench.run(make_call("skip_end", path=path, out_Bd=out))
+    bench.run(make_call("skip_end", 4 * ROWS * 8 + 4 * 24 * 8, path=path, out_Bd=out))
     assert_close(out, wanted, bench.dtype)
 
 
@@ -123,7 +123,7 @@ def test_queries_of_the_input_that_keys_values_and_front_left(
     asked = bench.product_call(
         "product_entry", [key, value, front], input=x, norm=norm, out=out[:, 32:], out_stride=88
     )
-    rest = bench.product_call("product_query", [query], bench.integers(*flags), out=out, out_stride=88)  # fmt: skip
+    rest = bench.product_call("product_held", [query], bench.integers(*flags), out=out, out_stride=88)  # fmt: skip
     bench.run(asked, rest)
     wide = normed(x) * norm.double()
     assert_close(out[:, 32:64], wide @ torch.cat((key, value)).double().T, bench.dtype)

@@ -9,17 +9,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from fbs_rl.decode.graph_decoder import DecodeTrace, GraphDecoder, RowsDecide, kernel_shape
 from fbs_rl.decode.kernel_arguments import Call
 from fbs_rl.decode.program import Program
 from fbs_rl.decode.supported import check_supported
+from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.flops import count_trace
 from fbs_rl.model.kv_cache import FBSCache
+from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.types import FBSOutput, GateMode
 from tests.cuda_emulator import EmulationError
 from tests.decode_launchers import PLACES, make_launcher
-from tests.tiny import NOOP, VOCAB, fresh, lively
+from tests.tiny import NOOP, SMALL, VOCAB, backbone, enliven, fresh, lively
 
 PROMPT, STEPS = 40, 4  # more than 32 entries: attention in more than one part
 OFF = {"paw": False, "chunk": False}
@@ -32,6 +35,11 @@ CASES: list[tuple[str, int, str, dict[str, Any]]] = [
     ("qwen3", 1, "threshold", {"gate_block": 2}),
     ("llama", 2, "sample", {"gate_block": 3, "gate_residual_width": 71, "gate_hidden": 80, "paw_rank": 80,
                             "gate_preview_width": 70, "paw_horizon": 9}),
+    ("qwen3", 1, "threshold", {"gate_ahead": 1, "paw_layers": (0,), "never_skip": (4,)}),
+    ("llama", 2, "sample", {"gate_ahead": 1, "paw_layers": (0,)}),
+    ("llama", 1, "sample", {"gate_ahead": 1, **NOOP}),
+    ("qwen3", 2, "threshold", {"gate_ahead": 1, "gate_block": 2, "never_skip": (6,), "kv_on_skip": "noop"}),
+    ("qwen3", 1, "threshold", {"gate_ahead": 1, "gate_block": 3, "skip_path": "identity", "paw_layers": "all"}),
     ("qwen3", 1, "threshold", {"paw_window": "fixed", "paw_compression": "mean", "gate_inputs": "preview"}),
 ]  # fmt: skip
 
@@ -116,6 +124,50 @@ def test_guesses_that_hold_and_guesses_that_fail(place: str, rows: int) -> None:
     assert wanted.skip is not None and wanted.logits is not None
     assert torch.equal(found.skip_LBT, wanted.skip[:, :, PROMPT:])
     torch.testing.assert_close(logits, wanted.logits[:, PROMPT:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_blocks_without_a_part_in_a_product_decide_too(place: str) -> None:
+    """Gate and up of so few rows that not every multiprocessor has some; a decision is taken along with them."""
+    config = copy.deepcopy(backbone().config)
+    config.intermediate_size = 4
+    torch.manual_seed(3)
+    base: Any = LlamaForCausalLM(config).eval()
+    model = enliven(
+        FBSForCausalLM.from_backbone(base, FBSConfig(**SMALL, gate_ahead=1, chunk=False))
+    )
+    prompt, fed, gates = tokens(4, PROMPT, 1), tokens(4, STEPS, 2), gates_of("threshold", 4)
+    wanted = refereed(model, prompt, fed, "threshold", gates)
+    decoder = decoder_of(model, place, 4, "threshold")
+    taken = [c for c in decoder.writer.calls if c.name == "product_gate_up" and c.sets]
+    assert taken and all(c.arguments.weights.blocks == 2 for c in taken)
+    found, logits = forced(decoder, prompt, fed, gates)
+    assert wanted.skip is not None and wanted.logits is not None
+    assert torch.equal(found.skip_LBT, wanted.skip[:, :, PROMPT:])
+    torch.testing.assert_close(logits, wanted.logits[:, PROMPT:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("options", [{"chunk_cache": 3}, NOOP], ids=["default", "noop"])
+def test_prompts_of_a_length_that_was_told_of(place: str, options: dict[str, Any]) -> None:
+    """Where there are CUDA graphs one is captured for them; others go on as before."""
+    model = lively("qwen3", **options)
+    ready = decoder_of(model, place, 2, "threshold", prompt_lengths=(PROMPT,))
+    other = decoder_of(model, place, 2, "threshold")
+    fed = tokens(2, STEPS, 2)
+    for length, seed in ((PROMPT, 1), (PROMPT - 9, 3), (PROMPT, 4)):
+        prompt = tokens(2, length, seed)
+        found, logits = forced(ready, prompt, fed, {"tau": 0.5})
+        wanted, theirs = forced(other, prompt, fed, {"tau": 0.5})
+        assert torch.equal(found.skip_LBT, wanted.skip_LBT)
+        torch.testing.assert_close(logits, theirs, atol=1e-5, rtol=1e-5)
+        if wanted.closed_chunks_BT is not None:
+            assert found.closed_chunks_BT is not None
+            assert torch.equal(found.closed_chunks_BT, wanted.closed_chunks_BT)
+    with pytest.raises(
+        ValueError, match=r"2 rows of 44 tokens; this decoder takes 2 rows of 1 to 43"
+    ):
+        decoder_of(model, place, 2, "threshold", prompt_lengths=(PROMPT + STEPS,))
 
 
 @pytest.mark.parametrize("place", PLACES)

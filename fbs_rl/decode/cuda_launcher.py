@@ -79,7 +79,7 @@ def _load(shape: KernelShape, capability: tuple[int, int]) -> Any:
     program = _checked(
         nvrtc.nvrtcCreateProgram(kernel_text().encode(), b"fbs_kernels.cu", 0, [], [])
     )
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "-std=c++17"]
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}a", "-std=c++17"]
     options += [f"-D{name}={value}" for name, value in shape.definitions().items()]
     words = [option.encode() for option in options]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(words), words)

@@ -27,6 +27,7 @@ from fbs_rl.decode.gate_rows import GateRows
 from fbs_rl.decode.kernel_source import KernelShape
 from fbs_rl.decode.layer_calls import write_advance, write_step
 from fbs_rl.decode.program import Program
+from fbs_rl.decode.prompt_graph import PromptGraph
 from fbs_rl.decode.step_buffers import (
     ChunkBuffers,
     GateBuffers,
@@ -82,17 +83,20 @@ class GraphDecoder:
     """Decodes `rows` sequences side by side, up to `tokens` each, padding and prompt included.
 
     gates: dense, threshold or sample. never_skip: more layers that always run. sampler: None takes the best
-    token. launcher: where kernels run; None is this process's CUDA device. Raises ValueError, in one sentence,
+    token. prompt_lengths: of prompts, without padding, whose pass is captured in advance; prompts of other lengths take
+    longer. launcher: where kernels run; None is this process's CUDA device. Raises ValueError, in one sentence,
     for what it does not do (fbs_rl.decode.supported) and where there is no such device.
     """
 
     def __init__(
         self, model: FBSForCausalLM, rows: int, tokens: int, *, gates: GateMode | str = GateMode.DENSE,
         rows_decide: RowsDecide | str = RowsDecide.ALONE, never_skip: Sequence[int] = (),
-        sampler: Sampler | None = None, launcher: Launcher | None = None,
+        sampler: Sampler | None = None, prompt_lengths: Collection[int] = (), launcher: Launcher | None = None,
     ) -> None:  # fmt: skip
         self.mode, rows_decide = GateMode(gates), RowsDecide(rows_decide)
         check_supported(model, self.mode, tokens)
+        for length in prompt_lengths:
+            _check_prompt(rows, length, rows, tokens)
         self.model, self.rows, self.tokens, self.sampler = model, rows, tokens, sampler
         self.shape = kernel_shape(model, rows)
         self.launcher = CudaLauncher(self.shape) if launcher is None else launcher
@@ -107,8 +111,12 @@ class GraphDecoder:
         self.program = Program.of(self.writer.calls, self.shape, blocks, device)
         self.prompt_tokens, self.taken, self._graph = 0, 0, None
         self._start_B = torch.zeros(rows, dtype=torch.long)
-        if self.launcher.device.type == "cuda":
+        self._prompts: dict[int, PromptGraph] = {}
+        if device.type == "cuda":
             self._capture()
+            for length in prompt_lengths:
+                prompt_BT = torch.zeros(rows, length, dtype=torch.long, device=device)
+                self._prompts[length] = PromptGraph(self._read_whole, prompt_BT)
 
     def refresh_weights(self) -> None:
         """Follow a change of the model's weights in place; the graph stays as it is."""
@@ -132,27 +140,21 @@ class GraphDecoder:
         threshold, one or one a row (None: the model's). gate_seed: of gates="sample", likewise.
         """
         rows, length = prompt_BT.shape
-        if rows != self.rows or not 0 < length < self.tokens:
-            raise ValueError(
-                f"the prompts are {rows} rows of {length} tokens; this decoder takes {self.rows} rows of "
-                f"1 to {self.tokens - 1}"
-            )
+        _check_prompt(rows, length, self.rows, self.tokens)
         if self.mode is GateMode.SAMPLE and gate_seed is None:
             raise ValueError('gates="sample" needs gate_seed, one or one a row')
         device = self.launcher.device
         mask_BT = torch.ones_like(prompt_BT) if mask_BT is None else mask_BT.long()
         _check_padding(mask_BT, prompt_BT)
-        padding = (
-            None if bool(mask_BT.all()) else mask_BT.to(device)
-        )  # without one attention is faster
-        cache = FBSCache(self.model.config.layer_count)
-        out = self.model(
-            prompt_BT.to(device), padding, past_key_values=cache, gates=GateMode.DENSE, logits_to_keep=1
-        )  # fmt: skip
         self.prompt_tokens, self.taken = length, 0
         self._start_B = mask_BT.sum(1).cpu()
-        self._begin(cache, tau, gate_seed)
-        logits_BV = out.logits[:, -1]
+        if not bool(mask_BT.all()):
+            logits_BV = self._read_padded(prompt_BT.to(device), mask_BT.to(device))
+        elif length in self._prompts:
+            logits_BV = self._prompts[length](prompt_BT)
+        else:  # without a mask attention is faster
+            logits_BV = self._read_whole(prompt_BT.to(device))
+        self._begin(tau, gate_seed)
         buffers = self.writer.tokens
         first_B = (
             logits_BV.argmax(-1)
@@ -245,15 +247,40 @@ class GraphDecoder:
             self._run()
         self._graph = graph
 
-    def _begin(self, cache: FBSCache, tau: Any, gate_seed: Any) -> None:
-        """The state behind a prompt, into the step's buffers."""
-        writer, length, device = self.writer, self.prompt_tokens, self.launcher.device
-        starts = self._start_B.tolist()
+    @torch.inference_mode()
+    def _read_whole(self, prompt_BT: Tensor) -> Tensor:
+        """The model's own pass over prompts: their last logits [B, V], and all else into the step's buffers."""
+        cache, logits_BV = self._read(prompt_BT, None)
+        layers, length = self.writer.layers, prompt_BT.shape[1]
         for layer, kv in enumerate(cache.layers):
             keys, values, _ = kv.view()
-            for row, start in enumerate(starts):  # without what pads it
-                writer.layers.keys[layer][row, :, :start] = keys[row, :, length - start :]
-                writer.layers.values[layer][row, :, :start] = values[row, :, length - start :]
+            layers.keys[layer][:, :, :length] = keys
+            layers.values[layer][:, :, :length] = values
+        return logits_BV
+
+    def _read_padded(self, prompt_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The same of prompts of unequal lengths, without what pads them."""
+        cache, logits_BV = self._read(prompt_BT, mask_BT)
+        layers, length = self.writer.layers, prompt_BT.shape[1]
+        for layer, kv in enumerate(cache.layers):
+            keys, values, _ = kv.view()
+            for row, start in enumerate(self._start_B.tolist()):
+                layers.keys[layer][row, :, :start] = keys[row, :, length - start :]
+                layers.values[layer][row, :, :start] = values[row, :, length - start :]
+        return logits_BV
+
+    def _read(self, prompt_BT: Tensor, mask_BT: Tensor | None) -> tuple[FBSCache, Tensor]:
+        cache = FBSCache(self.model.config.layer_count)
+        out = self.model(
+            prompt_BT, mask_BT, past_key_values=cache, gates=GateMode.DENSE, logits_to_keep=1
+        )
+        if self.writer.chunks is not None:
+            _copy_chunks(cache, self.writer.chunks)
+        return cache, out.logits[:, -1]
+
+    def _begin(self, tau: Any, gate_seed: Any) -> None:
+        """The rest of what steps behind the prompt begin with."""
+        writer, device = self.writer, self.launcher.device
         start_B, entries = self._start_B.to(device, torch.int32), writer.layers.length_LBG
         if entries is not None:
             entries.copy_(start_B.view(1, -1, 1).expand_as(entries))
@@ -270,8 +297,13 @@ class GraphDecoder:
             tensor.zero_()
         for tensor in (gates.stay_LB, gates.doubt_LB):
             tensor.fill_(1)
-        if writer.chunks is not None:
-            _copy_chunks(cache, writer.chunks)
+
+
+def _check_prompt(rows: int, length: int, most_rows: int, tokens: int) -> None:
+    if rows != most_rows or not 0 < length < tokens:
+        raise ValueError(
+            f"the prompts are {rows} rows of {length} tokens; this decoder takes {most_rows} rows of 1 to {tokens - 1}"
+        )
 
 
 def _check_padding(mask_BT: Tensor, prompt_BT: Tensor) -> None:

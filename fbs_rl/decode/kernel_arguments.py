@@ -67,6 +67,12 @@ class Call:
     def kind(self) -> Kind:
         return kinds()[self.name]
 
+    def tell(self, **values: Any) -> None:
+        """More of its arguments, as make_call takes them."""
+        held: list[Tensor] = []
+        _fill(self.name, self.arguments, values, held)
+        self.held = (*self.held, *held)
+
     @property
     def is_product(self) -> bool:
         return bool(self.kind.writes)

@@ -6,19 +6,27 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from fbs_rl.decode.attention_calls import write_guessed_attention, write_mix
+from fbs_rl.decode.attention_calls import (
+    write_guessed_attention,
+    write_known_attention,
+    write_mix,
+)
+from fbs_rl.decode.decision_calls import (
+    asks_with_entry,
+    decides,
+    skip_path,
+    take_along,
+    write_decision,
+    write_move,
+    write_skip_end,
+)
 from fbs_rl.decode.front_rows import FrontRows
 from fbs_rl.decode.kernel_arguments import Void
 from fbs_rl.decode.module_calls import (
-    asks_with_entry,
-    skip_path,
     write_boundary,
-    write_chunk_end,
-    write_chunk_read,
-    write_decision,
+    write_chunks,
     write_injection,
     write_look,
-    write_move,
 )
 from fbs_rl.decode.step_writer import StepWriter
 from fbs_rl.model.layer import FBSLayer
@@ -31,7 +39,6 @@ def write_step(writer: StepWriter) -> None:
     for layer in writer.model.model.fbs_layers():
         _write_modules(writer, layer)
         _write_layer(writer, layer)
-        write_move(writer, layer)
     _write_logits(writer)
 
 
@@ -46,7 +53,7 @@ def _write_embedding(writer: StepWriter) -> None:
 def _write_modules(writer: StepWriter, layer: FBSLayer) -> None:
     """Everything that FBS does before the layer, up to h̃."""
     front, index = writer.fronts.get(layer.index), layer.index
-    if asks_with_entry(writer, layer):
+    if asks_with_entry(writer, layer) or _is_known(writer, layer):
         return  # it does nothing else
     if front is not None:
         _write_front(writer, layer, front)
@@ -54,12 +61,13 @@ def _write_modules(writer: StepWriter, layer: FBSLayer) -> None:
         write_look(writer, layer)
     if index == writer.model.config.boundary_layer:
         write_boundary(writer, layer)
-    write_decision(writer, layer)
+    if not writer.ahead:
+        write_move(writer, layer)
+        write_decision(writer, layer)
     if layer.paw is not None:
         write_injection(writer, layer)
     if layer.chunk_reader is not None:
-        write_chunk_read(writer, layer)
-        write_chunk_end(writer, layer)
+        write_chunks(writer, layer)
 
 
 def _write_front(writer: StepWriter, layer: FBSLayer, front: FrontRows) -> None:
@@ -81,34 +89,56 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
     buffers, skip_B, state = writer.layers, writer.skip_B(layer.index), writer.entering(layer.index)
     adds = layer.paw is not None or layer.chunk_reader is not None
     injected = buffers.injected_Bd if adds else state
-    if skip_B is not None and layer.skip_gate is None:
-        _write_skip_end(writer, layer, skip_B)
     if asks_with_entry(writer, layer):
         write_guessed_attention(writer, layer)
+    elif _is_known(writer, layer):
+        write_known_attention(writer, layer)
     else:
+        if skip_B is not None and (writer.ahead or layer.skip_gate is None):
+            # Keys and values of the token come behind it, for which all wait; without them nothing does.
+            write_skip_end(writer, layer).quiet = writer.model.config.kv_on_skip == KVPolicy.PROJECT
         _write_attention(writer, layer, injected, skip_B)
-    attention, mlp = layer.self_attn, cast(Any, layer.mlp)
+        if writer.ahead and skip_B is not None:
+            first = len(writer.calls)
+            write_decision(writer, layer, behind=True)
+            for call in writer.calls[first:]:
+                call.void_flags, call.void_where = skip_B, Void.SOME_ROW_RUNS
+    if writer.ahead:
+        write_move(writer, layer)
+    # Of flags that say the same these are the ones that calls in front were void by.
+    void = writer.guess_B(layer.index) if _is_known(writer, layer) else skip_B
+    first = len(writer.calls)
+    _write_rest(writer, layer, injected, skip_B)
+    for call in writer.calls[first:]:
+        call.void_flags = void
+
+
+def _write_rest(
+    writer: StepWriter, layer: FBSLayer, injected: Tensor, skip_B: Tensor | None
+) -> None:
+    """What follows attention. A decision that is ahead of its layer hides best where most weights are read."""
+    buffers, attention, mlp = writer.layers, layer.self_attn, cast(Any, layer.mlp)
     writer.product(
         "product_attention_out", [attention.o_proj.weight], buffers.attended_BX, buffers.middle_Bd,
         residual_Bd=injected, bias_N=attention.o_proj.bias, skip_B=skip_B,
-    ).void_flags = skip_B  # fmt: skip
-    writer.product(
+    )  # fmt: skip
+    gate_up = writer.product(
         "product_gate_up", [mlp.gate_proj.weight, mlp.up_proj.weight], buffers.middle_Bd, buffers.active_BI,
         norm=cast(Any, layer.post_attention_layernorm).weight, skip_B=skip_B,
-    ).void_flags = skip_B  # fmt: skip
-    last = writer.product(
+    )  # fmt: skip
+    if writer.ahead and decides(writer, layer):
+        take_along(writer, layer, gate_up)
+    writer.product(
         "product_down", [mlp.down_proj.weight], buffers.active_BI, writer.entering(layer.index + 1),
         residual_Bd=buffers.middle_Bd, path=skip_path(writer, layer), skip_B=skip_B,
     )  # fmt: skip
-    last.void_flags = skip_B
 
 
-def _write_skip_end(writer: StepWriter, layer: FBSLayer, skip_B: Tensor) -> None:
-    """The next layer's h where all rows skip this one; of keys and values, which may follow, it is not part."""
-    call = writer.call("skip_end", path=skip_path(writer, layer), out_Bd=writer.entering(layer.index + 1))  # fmt: skip
-    call.void_flags, call.void_where = skip_B, Void.SOME_ROW_RUNS
-    # Keys and values of the token come behind it, for which all wait; without them nothing does.
-    call.quiet = writer.model.config.kv_on_skip == KVPolicy.PROJECT
+def _is_known(writer: StepWriter, layer: FBSLayer) -> bool:
+    """Whether attention can be written for what is known of a layer that adds nothing to its input."""
+    adds = layer.paw is not None or layer.chunk_reader is not None
+    reads = adds or layer.index == writer.model.config.boundary_layer
+    return writer.ahead and layer.index in writer.fronts and not reads
 
 
 def _write_attention(
@@ -155,7 +185,7 @@ def write_advance(writer: StepWriter, picks: bool) -> None:
     """
     tokens, gates = writer.tokens, writer.gates
     guesses: dict[str, Any] = {}
-    if writer.free:
+    if writer.free and not writer.ahead:
         guesses = {
             "skip_LB": gates.skip_LB,
             "guess_LB": gates.guess_LB,

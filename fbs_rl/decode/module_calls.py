@@ -7,15 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fbs_rl.decode.gate_rows import span
 from fbs_rl.decode.kernel_arguments import Void
 from fbs_rl.decode.program import WARPS
 from fbs_rl.decode.step_buffers import MOST_FOUND, PreviewBuffers
 from fbs_rl.decode.step_writer import StepWriter
 from fbs_rl.model.layer import FBSLayer
 from fbs_rl.model.preview import Paw
-from fbs_rl.model.skip_path import SkipAdapter
-from fbs_rl.types import Compression, GateInputs, KVPolicy
+from fbs_rl.types import Compression, KVPolicy
 
 # Keys, places, and a flag a thread: kernels/preview.cu.
 _SHORTLIST_BYTES = 4 * (2 * MOST_FOUND + 256)
@@ -101,111 +99,6 @@ def _read_by_nobody(writer: StepWriter, layer: FBSLayer) -> Tensor | None:
     )
 
 
-def write_decision(writer: StepWriter, layer: FBSLayer, behind: bool = False) -> None:
-    """Who skips the block that begins here; nothing where no gate acts or no member may skip.
-
-    behind: other calls have awaited the front already.
-    """
-    config, gates, buffers = writer.model.config, writer.gates, writer.layers
-    index, gate = layer.index, layer.skip_gate
-    end = min(index + config.gate_block, config.layer_count)
-    mask = sum(1 << member - index for member in range(index, end) if member in writer.free)
-    if gate is None or not mask:
-        return
-    reads: dict[str, Any] = {}
-    if gate.reads_residual:
-        reads |= {
-            "reduce_at": writer.fronts[index].place["reduce"],
-            "reduce_width": gate.reduce.out_features,
-            "eps": gate.reduce_norm.eps,
-        }
-    if gate.reads_preview:
-        assert writer.previews is not None
-        reads |= {
-            "preview_width": gate.preview.out_features,
-            "pooled_width": gate.preview.in_features,
-            "pooled_B": writer.previews.pooled_BR,
-            "entropy_B": writer.previews.entropy_B,
-            "fresh": int(layer.paw is not None),
-        }
-    if index > 0 and config.gate_inputs != GateInputs.PREVIEW:
-        reads |= _moved(writer, index - 1)
-    if index in writer.free:
-        reads |= {"path": skip_path(writer, layer), "next_Bd": writer.entering(index + 1)}
-    later = next((rows for place, rows in writer.gate_rows.items() if place > index), None)
-    if later is not None:
-        reads |= {"later": later.weight_N, "later_bytes": later.weight_N.nbytes}
-    front, weights = buffers.front(index), writer.gate_rows[index].weight_N
-    asks = asks_with_entry(writer, layer)
-    held = writer.held_bytes(config.hidden_size) if asks and not behind else 0
-    call = writer.call(
-        "decide", held + gate_bytes(writer, layer), front=front, front_stride=front.stride(0), weights=weights,
-        hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
-        sampled=int(writer.sampled), consensus=int(writer.together), tau_B=gates.tau_B, seed_B2=gates.seed_B2,
-        position_B=writer.tokens.position_B, leader=index, members=end - index, free_mask=mask,
-        skip_LB=gates.skip_LB, stay_LB=gates.stay_LB, layers=config.layer_count, step=writer.tokens.step,
-        trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, held_bytes=held,
-        behind=int(behind), **reads,
-    )  # fmt: skip
-    call.quiet, call.sets = True, (gates.skip_LB[index], gates.stay_LB[index])
-    if index in writer.free and (asks or config.kv_on_skip == KVPolicy.NOOP):
-        # Where all rows skip, nothing follows that others would wait for.
-        call.quiet_flags, call.quiet_where = writer.skip_B(index), Void.SOME_ROW_RUNS
-
-
-def asks_with_entry(writer: StepWriter, layer: FBSLayer) -> bool:
-    """Whether keys and values are made with the front, before the gate decides: they are needed either way, and the
-    same, where nothing is injected. Then queries and attention need not wait for the decision either."""
-    plain = layer.paw is None and layer.chunk_reader is None
-    asks = (
-        layer.skip_gate is not None and layer.index in writer.free and layer.index in writer.fronts
-    )
-    return plain and asks and writer.model.config.kv_on_skip == KVPolicy.PROJECT
-
-
-def skip_path(writer: StepWriter, layer: FBSLayer) -> dict[str, Any]:
-    """SkipPath of kernels/products.cu."""
-    state, path = writer.entering(layer.index), layer.skip_path
-    told = {"state_Bd": state, "width": state.shape[1]}
-    if layer.index not in writer.free or not isinstance(path, SkipAdapter):
-        return told
-    down = writer.front(layer.index, "adapter")
-    return told | {
-        "up": path.up.weight, "rank": path.up.in_features, "down": down, "down_stride": down.stride(0),
-    }  # fmt: skip
-
-
-def gate_bytes(writer: StepWriter, layer: FBSLayer) -> int:
-    """Of GateRoom in kernels/gate.cu."""
-    gate, rows, path = layer.skip_gate, writer.shape.rows, layer.skip_path
-    assert gate is not None
-    rank = path.up.in_features if isinstance(path, SkipAdapter) else 0
-    reduced = gate.reduce.out_features if gate.reads_residual else 0
-    floats = rows * (span(gate.hidden.in_features - reduced) + WARPS) + -(-rows * rank // 4) * 4
-    columns = -(-writer.model.config.hidden_size // writer.multiprocessors)
-    numbers = (rows * span(reduced) if rows > 1 else 0) + columns * rank
-    return 4 * floats + numbers * (16 // writer.shape.lane_numbers)
-
-
-def _moved(writer: StepWriter, layer: int) -> dict[str, Any]:
-    """What tells how `layer` moved the rows that ran it, while its two states are still there."""
-    return {
-        "before_Bd": writer.entering(layer),
-        "after_Bd": writer.entering(layer + 1),
-        "left_skip_B": writer.skip_B(layer),
-        "width": writer.model.config.hidden_size,
-    }
-
-
-def write_move(writer: StepWriter, layer: FBSLayer) -> None:
-    """Note the motion of a layer that always runs inside a block: the next layer asks no gate that would."""
-    after = layer.index + 1
-    inside = after < writer.model.config.layer_count and after % writer.model.config.gate_block
-    if inside and writer.free and layer.index not in writer.free:
-        moved = _moved(writer, layer.index)
-        writer.call("move", motion_B2=writer.gates.motion_B2, **moved)
-
-
 def write_boundary(writer: StepWriter, layer: FBSLayer) -> None:
     """Where chunks close."""
     chunks, front = writer.chunks, writer.layers.front(layer.index)
@@ -220,15 +113,13 @@ def write_boundary(writer: StepWriter, layer: FBSLayer) -> None:
     )  # fmt: skip
 
 
-def write_chunk_read(writer: StepWriter, layer: FBSLayer) -> None:
-    """h̃ += s_c·W_o·(attention to the closed chunks)."""
+def write_chunks(writer: StepWriter, layer: FBSLayer) -> None:
+    """h̃ += s_c·W_o·(attention to the closed chunks); and, while blocks would wait for each other, the summary of the
+    chunk that closes, which is read from the next token on."""
     reader, chunks, buffers = layer.chunk_reader, writer.chunks, writer.layers
     assert reader is not None and chunks is not None
-    keys, values, _ = chunks.rings[layer.index]
-    front = buffers.front(layer.index)
-    width = reader.key.out_features
-    skip_B = writer.skip_B(layer.index)
-    void = _read_by_nobody(writer, layer)
+    skip_B, (keys, values, _) = writer.skip_B(layer.index), chunks.rings[layer.index]
+    front, width = buffers.front(layer.index), reader.key.out_features
     told: dict[str, Any] = {
         "front": front, "front_stride": front.stride(0), "query_at": writer.fronts[layer.index].place["chunk_query"],
         "null_key": reader.null_key, "null_value": reader.null_value, "keys": keys, "values": values,
@@ -236,32 +127,43 @@ def write_chunk_read(writer: StepWriter, layer: FBSLayer) -> None:
         "buckets": reader.buckets, "ring_length": reader.cap, "scale": 1 / math.sqrt(width // reader.heads),
         "before_B": chunks.before_B, "skip_B": skip_B, "score_BHC": chunks.score_BHC, "out": chunks.mixed_BW,
     }  # fmt: skip
-    for name, room in (("chunk_scores", 0), ("chunk_mix", 4 * reader.cap)):
-        writer.call(name, room, **told).void_flags = skip_B
+    _write_summary(writer, layer)
+    writer.call("chunk_scores", 0, **told).void_flags = skip_B
+    writer.call("chunk_mix", 4 * reader.cap, **told).void_flags = skip_B
+    _write_chunk_end(writer, layer)
     residual = writer.entering(layer.index) if layer.paw is None else buffers.injected_Bd
     writer.product(
         "product_inject_chunks", [reader.out.weight], chunks.mixed_BW, buffers.injected_Bd,
         strength=reader.strength, residual_Bd=residual, skip_B=skip_B,
-    ).void_flags = void  # fmt: skip
+    ).void_flags = _read_by_nobody(writer, layer)  # fmt: skip
 
 
-def write_chunk_end(writer: StepWriter, layer: FBSLayer) -> None:
-    """Summaries of the chunks that close, and the open chunks' sums."""
+def _write_summary(writer: StepWriter, layer: FBSLayer) -> None:
+    """Of the chunk that this token closes, by what the tokens before it left."""
     reader, chunks = layer.chunk_reader, writer.chunks
     assert reader is not None and chunks is not None
-    keys, values, sum_Bd = chunks.rings[layer.index]
-    summary = writer.product(
-        "product_summary", [reader.summarise.weight], None, chunks.summary_BW, sum_Bd=sum_Bd,
-        size_B=chunks.size_B, slot_B=chunks.slot_B,
+    call = writer.product(
+        "product_summary", [reader.summarise.weight], None, chunks.summary_BW, sum_Bd=chunks.rings[layer.index][2],
+        size_B=chunks.size_B, slot_B=chunks.slot_B, early=1,
     )  # fmt: skip
+    call.void_flags, call.void_where = chunks.slot_B, Void.NO_CHUNK_CLOSES
+    # It is awaited behind the scores, or by itself where there are none.
+    call.quiet, call.quiet_flags = True, writer.skip_B(layer.index)
+    call.quiet_where = Void.SOME_ROW_RUNS
+
+
+def _write_chunk_end(writer: StepWriter, layer: FBSLayer) -> None:
+    """Its key and value, in the place of the oldest one, which others may have read until now; and the open chunks'
+    sums. The next step reads both."""
+    reader, chunks, state = layer.chunk_reader, writer.chunks, writer.entering(layer.index)
+    assert reader is not None and chunks is not None
+    keys, values, sum_Bd = chunks.rings[layer.index]
     ring = writer.product(
         "product_ring", [reader.key.weight, reader.value.weight], chunks.summary_BW, None,
         slot_B=chunks.slot_B, ring=[keys, values], ring_length=reader.cap,
     )  # fmt: skip
-    for call in (summary, ring):
-        call.void_flags, call.void_where = chunks.slot_B, Void.NO_CHUNK_CLOSES
-    state = writer.entering(layer.index)
+    ring.void_flags, ring.void_where, ring.quiet = chunks.slot_B, Void.NO_CHUNK_CLOSES, True
     writer.call(
         "chunk_extend", state_Bd=state, width=state.shape[1],
         eps=writer.model.config.rms_norm_eps, kept_B=chunks.kept_B, sum_Bd=sum_Bd,
-    ).quiet = True  # fmt: skip  # the next step reads it
+    ).quiet = True  # fmt: skip

@@ -16,7 +16,7 @@ from fbs_rl.decode.kernel_source import KernelShape
 WARPS = 8  # of a block that work on its calls, as in kernels/common.cu
 THREADS = 32 * (WARPS + 4)  # and ASKERS of kernels/common.cu, which ask for weights
 MOST_SHARED_BYTES = 227 * 1024  # of one block on compute capability 9.0
-_FRONT_BYTES = 4096  # FRONT_BYTES and ARGUMENT_BYTES of kernels/program.cu
+_FRONT_BYTES = 4608  # FRONT_BYTES and ARGUMENT_BYTES of kernels/program.cu
 _ARGUMENT_BYTES = 448
 _MOST_RING_BYTES = 28 * 1024  # for each warp: weights that wait for their turn
 _WINDOW_BYTES = 10 * 1024  # for each warp: weights on their way, behind which small reads wait

@@ -54,7 +54,7 @@ class StepWriter:
     ) -> Call:  # fmt: skip
         """A product of `source` [B, columns] with matrices whose outputs lie side by side in `out` [B, rows].
 
-        skip_B, slot_B, kept_from: as in Weights of kernels/products.cu.
+        skip_B, slot_B, kept_from: as in Weights of kernels/weights.cu. values: as in Product of kernels/products.cu.
         """
         rows, columns = [len(weight) for weight in weights], weights[0].shape[1]
         kind = kinds()[name]
@@ -72,6 +72,7 @@ class StepWriter:
         room = plan.room_bytes + (0 if norm is None else norm.nbytes)
         if kind.reads == "BOTH":
             room += self.held_bytes(columns)
+            values = {"bare_from": sum(rows[:-1])} | values
         return self.call(name, room, weights=matrices, **values)
 
     def held_bytes(self, columns: int) -> int:
@@ -85,6 +86,20 @@ class StepWriter:
     def stay_B(self, layer: int) -> Tensor:
         """Flags of who does not: a call that has them for its flags is void where nobody skips."""
         return self.gates.stay_LB[self._leader(layer)]
+
+    @property
+    def ahead(self) -> bool:
+        """Whether it is known before a layer begins who skips it."""
+        return bool(self.free) and self.model.config.gate_ahead > 0
+
+    def guess_B(self, layer: int) -> Tensor | None:
+        """Flags, 1 in all rows if all are taken to skip the layer; None if nobody can. Where decisions are ahead of
+        their layers, they say what is."""
+        return self.gates.guess_LB[self._leader(layer)] if layer in self.free else None
+
+    def doubt_B(self, layer: int) -> Tensor:
+        """The other way round."""
+        return self.gates.doubt_LB[self._leader(layer)]
 
     def _leader(self, layer: int) -> int:
         return layer - layer % self.model.config.gate_block

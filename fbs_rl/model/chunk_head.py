@@ -105,7 +105,7 @@ def segment(
     visible_BT = (F.pad(count_BT, (1, -1)) - 1).clamp_min(0)
     start_id_BT = torch.where(starts_BT, chunk_id_BT, 0)
     first_BT = start_id_BT.cummax(dim=1).values
-    chunks = _room(int(count_BT.max())) if length else 0
+    chunks = _room(count_BT) if length else 0
     return Segmentation(
         opens_BT,
         chunk_id_BT,
@@ -231,11 +231,16 @@ class ChunkReader(nn.Module):
         return torch.cat((null_W.expand(entries_BNW.shape[0], 1, -1), entries_BNW), dim=1)
 
 
-def _room(chunks: int) -> int:
-    """Chunks to make room for: a few sizes only, since compiled code is made anew for each.
+def _room(count_BT: Tensor) -> int:
+    """Chunks to make room for.
 
-    One less than a power of two, since the null slot joins them and aligned products are faster.
+    Compiled code knows a few sizes only, since it is made anew for each: one less than a power of two, for the null
+    slot joins them and aligned products are faster. Where a CUDA graph is captured nobody can look how many there are:
+    as many as tokens.
     """
+    if count_BT.is_cuda and torch.cuda.is_current_stream_capturing():
+        return count_BT.shape[1]
+    chunks = int(count_BT.max())
     return max(64, 1 << chunks.bit_length()) - 1 if compiling() else max(chunks, 1)
 
 

@@ -180,20 +180,16 @@ def _reader_chunks(
     """The ring of closed chunks after a prompt: chunk j at slot j mod cap, the newest `cap` kept."""
     reader = layer.chunk_reader
     assert reader is not None
-    batch, _, width = summaries_BNW.shape
+    closed_B1 = segmentation.chunk_id_BT.amax(1, keepdim=True).clamp_min(0)
+    slot_C = torch.arange(reader.cap, device=normed.device)
+    newest_BC = closed_B1 - 1 - (closed_B1 - 1 - slot_C) % reader.cap
+    there_BC1, index_BC1 = (newest_BC >= 0).unsqueeze(-1), newest_BC.clamp_min(0).unsqueeze(-1)
     fill = float("nan") if poison else 0.0
-    ring = ReaderChunks(
-        normed.new_full((batch, reader.cap, width), fill),
-        normed.new_full((batch, reader.cap, width), fill),
-        open_chunk_sum(normed, segmentation),
+    key_BCW, value_BCW = (
+        torch.where(there_BC1, made.gather(1, index_BC1.expand(-1, -1, made.shape[-1])), fill)
+        for made in (reader.key(summaries_BNW), reader.value(summaries_BNW))
     )
-    key_BNW, value_BNW = reader.key(summaries_BNW), reader.value(summaries_BNW)
-    closed_B = segmentation.chunk_id_BT.amax(1).clamp_min(0)
-    for row, closed in enumerate(closed_B.tolist()):
-        kept = torch.arange(max(0, closed - reader.cap), closed, device=normed.device)
-        ring.key_BCW[row, kept % reader.cap] = key_BNW[row, kept]
-        ring.value_BCW[row, kept % reader.cap] = value_BNW[row, kept]
-    return ring
+    return ReaderChunks(key_BCW, value_BCW, open_chunk_sum(normed, segmentation))
 
 
 def _keep(walk: _Walk, made: LayerPass) -> None:

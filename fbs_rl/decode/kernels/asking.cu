@@ -22,6 +22,7 @@ struct Asking {
   Mark mark;
   u32 arrived;  // pieces
   u32 opened;   // products that it knows
+  u32 told;     // what others know of that: Orders::begun
   int left;     // pieces of the last of them
   u32 bytes;    // of each, in the ring
   u32 most;     // on their way at a time
@@ -247,7 +248,9 @@ __device__ __forceinline__ void keep_asking(Orders& o, const Supply& p) {
     else if (next.product <= p.end && more_wanted(o, opened)) open_next(o, p, opened, next);
     if (lane < LINES / ASKERS) {
       ask_along(o, p, opened, a);
-      tell(o.begun + a.line, 2 * a.opened + !a.left);
+      const u32 begun = 2 * a.opened + !a.left;
+      if (begun != a.told) tell(o.begun + a.line, begun);  // seldom: others wait for a fence
+      a.told = begun;
     }
     __syncwarp();
     rest();

@@ -29,6 +29,7 @@ struct Attention {
   int leaves_entry;  // `project`
   float scale;
   float eps;
+  int awaits;  // leave_entry: whether the token's keys and values are yet to be awaited
 };
 
 // What the rotation needs that does not wait for the token's products.
@@ -337,6 +338,7 @@ __device__ __forceinline__ void attention(const Attention& a, Team& team, Attent
 
 // The token's entries in a layer that all rows skip, if attention is passed over. Nobody waits for them in this step.
 __device__ __forceinline__ void leave_entry(const Attention& a, Team& team, AttentionShared& m) {
+  if (a.awaits) await(team);
   ROLLED for (int i = gridDim.x - 1 - blockIdx.x; i < a.key_heads * ROWS; i += gridDim.x) {
     const int head = i % a.key_heads, b = i / a.key_heads, position = __ldcg(a.position_B + b);
     const long long at = ((long long)(b * a.key_heads + head) * a.capacity + position) * HEAD_DIM;

@@ -20,6 +20,10 @@ typedef float num;
 #endif
 // LANE_NUMS: numbers in the 16 bytes that a lane loads at once.
 
+// A thread's registers: of those that work, and of those that ask for weights; together as many as 168 for each.
+#define WORK_REGISTERS 216
+#define ASK_REGISTERS 72
+
 #define TENSOR (BF16 && ROWS > 1)
 #if TENSOR
 static_assert(OUT_ROWS == 8, "a tensor core takes so many rows of weights");
@@ -121,6 +125,8 @@ __device__ __forceinline__ void signal(u32* arrived) { ++*arrived; }
 __device__ __forceinline__ void wait_for(u32* arrived, u32 count) {
   while ((int)(*arrived - count) < 0) yield_at(AT_GRID);
 }
+template <int COUNT> __device__ __forceinline__ void take_registers() {}
+template <int COUNT> __device__ __forceinline__ void leave_registers() {}
 __device__ __forceinline__ int count_one(int* counter) { return (*counter)++; }
 __device__ __forceinline__ void bring_near(const void*, u32) {}
 __device__ __forceinline__ void copy_aside(void* to, const void* from) { memcpy(to, from, 16); }
@@ -136,6 +142,7 @@ __device__ __forceinline__ void wait_barrier(u64* barrier, u32 parity) {
   while (!has_arrived(barrier, parity)) yield_at(AT_GRID);
 }
 template <class T> __device__ __forceinline__ void tell(T* to, T value) { *(volatile T*)to = value; }
+__device__ __forceinline__ void note(u64* to, u64 value) { tell(to, value); }
 template <class T> __device__ __forceinline__ T heard(const T* from) { return *(const volatile T*)from; }
 __device__ __forceinline__ u64 least_heard(const u64* from, int count) { return *std::min_element(from, from + count); }
 __device__ __forceinline__ void look_again() { yield_at(AT_GRID); }
@@ -148,6 +155,13 @@ __device__ __forceinline__ void wait_for(u32* arrived, u32 count) {
   u32 seen;
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
   while ((int)(seen - count) < 0);
+}
+// By all warps of four that follow each other: of what a launch gives every thread the same of, some need more.
+template <int COUNT> __device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 __device__ __forceinline__ int count_one(int* counter) {
   int before;
@@ -209,8 +223,10 @@ __device__ __forceinline__ void wait_barrier(u64* barrier, u32 parity) {
 __device__ __forceinline__ void tell(u32* to, u32 value) {
   asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(to)), "r"(value) : "memory");
 }
-__device__ __forceinline__ void tell(u64* to, u64 value) {
-  asm volatile("st.release.cta.shared::cta.u64 [%0], %1;" ::"r"(shared_address(to)), "l"(value) : "memory");
+// That shared memory was read: a warp's accesses to it happen in order, so no fence is needed, which would take as long as
+// the multiplications of a piece.
+__device__ __forceinline__ void note(u64* to, u64 value) {
+  asm volatile("st.relaxed.cta.shared::cta.u64 [%0], %1;" ::"r"(shared_address(to)), "l"(value) : "memory");
 }
 __device__ __forceinline__ u32 heard(const u32* from) {
   u32 value;
@@ -392,8 +408,11 @@ __device__ __forceinline__ float quick_silu(float x) { return __fdividef(x, 1.f 
 
 // --- a block ------------------------------------------------------------------------------------------
 
+#define DECISION_BYTES 384
+
 // Its shared memory: Fixed, then each warp's ring of weights, then room for the call that runs.
 struct Fixed {
+  __align__(16) unsigned char decision[DECISION_BYTES];  // that a product takes along
   float scratch[32];
   float sums[32][4];
   float values[32];

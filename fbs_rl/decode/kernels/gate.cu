@@ -33,6 +33,8 @@ struct Decision {
   u32 free_mask; // which of them may skip
   int* skip_LB;  // all members read the leader's
   int* stay_LB;  // the other way round: 1 where a row runs
+  int* guess_LB;  // 1 in all rows where all skip: where the decision is ahead of its layer, nothing is guessed. Or null
+  int* doubt_LB;  // the other way round
   int layers;
   const int* step;
   int trace_steps;
@@ -41,6 +43,7 @@ struct Decision {
   int held_bytes;  // of the room: not to be touched
   SkipPath path;
   num* next_Bd;  // the next layer's h, written here where all rows skip this one; null: not here
+  int ends;      // 1: they do; so it is written first, and others need not wait for the decision
 };
 
 __device__ __forceinline__ u32 mix_word(u32 word) {
@@ -91,9 +94,8 @@ struct GateRoom {
   const num *reduced, *known, *preview, *hidden_bias, *out, *reduce_norm, *out_bias;  // W_3 in two parts, W_2, ...
   float* feature;  // [ROWS, known_span] of the known ones, but δ and cos
   float* logit;    // [ROWS, WARPS]
-  float* down;     // [ROWS, rank]
   num* front;      // [ROWS, reduce_span], of several rows
-  num* up;         // of the skip path, the block's columns
+  PathRoom path;
 };
 
 // fbs_rl.decode.module_calls.gate_bytes counts what this takes, fbs_rl.decode.gate_rows lays the weights out.
@@ -113,20 +115,10 @@ __device__ __forceinline__ GateRoom lay_out(const Decision& d, unsigned char* ro
   g.out_bias = g.reduce_norm + g.reduce_span;
   g.feature = (float*)room;
   g.logit = g.feature + ROWS * g.known_span;
-  g.down = g.logit + ROWS * WARPS;
-  g.front = (num*)(g.down + (ROWS * d.path.rank + 3) / 4 * 4);
-  g.up = g.front + (ROWS > 1 ? ROWS * g.reduce_span : 0);
+  g.path.down = g.logit + ROWS * WARPS;
+  g.front = (num*)(g.path.down + (ROWS * d.path.rank + 3) / 4 * 4);
+  g.path.up = g.front + (ROWS > 1 ? ROWS * g.reduce_span : 0);
   return g;
-}
-
-// The skip path's weights beside all else; and what the next gate will ask for, into the second cache.
-__device__ __forceinline__ void bring_path(const Decision& d, const GateRoom& g, int first, int end) {
-  if (d.later && blockIdx.x == 0 && threadIdx.x == 0) bring_near(d.later, d.later_bytes);
-  if (!d.next_Bd || !d.path.up) return;
-  const num* up = d.path.up + (long long)first * d.path.rank;
-  const int count = (end - first) * d.path.rank, whole = d.path.rank % LANE_NUMS ? 0 : count / LANE_NUMS;
-  ROLLED for (int k = threadIdx.x; k < whole; k += THREADS) copy_aside((uint4*)g.up + k, (const uint4*)up + k);
-  ROLLED for (int i = whole * LANE_NUMS + threadIdx.x; i < count; i += THREADS) g.up[i] = up[i];
 }
 
 // W_2 ṽ and H₁ of every row.
@@ -193,38 +185,6 @@ __device__ __forceinline__ bool wants_skip(const Decision& d, float prob, const 
   return probs / ROWS >= taus / ROWS;
 }
 
-#define PATH_LANES 4  // neighbouring threads that share an output
-
-// The block's columns of the next layer's h where all rows skip this one. state: that of this thread's first output.
-__device__ __forceinline__ void pass_by(const Decision& d, const GateRoom& g, int first, int end, float state) {
-  const int lane = threadIdx.x % PATH_LANES;
-  const int count = (end - first) * ROWS;
-  ROLLED for (int from = 0; from < count; from += THREADS / PATH_LANES) {
-    const int i = from + threadIdx.x / PATH_LANES, b = i % ROWS, n = first + i / ROWS;
-    if (from) state = i < count && lane == 0 ? read(d.path.state_Bd + b * d.path.width + n) : 0.f;
-    float sum = 0.f;
-    if (i < count)
-#pragma unroll 4
-      for (int j = lane; j < d.path.rank; j += PATH_LANES)
-        sum += widen(g.up[(n - first) * d.path.rank + j]) * g.down[b * d.path.rank + j];
-    ROLLED for (int k = PATH_LANES / 2; k; k /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, k);
-    if (i < count && lane == 0) d.next_Bd[b * d.path.width + n] = narrow(state + rounded(sum));
-  }
-}
-
-// That state, if it can be needed.
-__device__ __forceinline__ float first_state(const Decision& d, int first, int end) {
-  const int i = threadIdx.x / PATH_LANES, b = i % ROWS;
-  const bool mine = d.next_Bd && threadIdx.x % PATH_LANES == 0 && i < (end - first) * ROWS;
-  return mine ? read(d.path.state_Bd + b * d.path.width + first + i / ROWS) : 0.f;
-}
-
-// A row's skip path, silu(A_1 x̂), of all rows.
-__device__ __forceinline__ void stage_down(const Decision& d, const GateRoom& g) {
-  ROLLED for (int i = threadIdx.x; i < ROWS * d.path.rank && d.next_Bd; i += THREADS)
-    g.down[i] = rounded(silu(read(d.path.down + i / d.path.rank * d.path.down_stride + i % d.path.rank)));
-}
-
 // A lane's share of W_3 and what belongs to it, of the first panel.
 struct Held {
   Slice known, reduced;
@@ -267,7 +227,7 @@ __device__ __forceinline__ void find_logits(const Decision& d, const GateRoom& g
           await(team);
           if (ROWS == 1) read_front(d, g, 0, 2 * lane, seen);
         }
-        stage_down(d, g);
+        if (d.next_Bd && !d.ends) stage_down(d.path, g.path);
         if (ROWS > 1) stage_front(d, g);
       }
       if (row < PANEL) {
@@ -310,11 +270,15 @@ __device__ __forceinline__ float find_probability(const Decision& d, const GateR
 }
 
 // The rows' flags, by one warp; block 0 notes them for the trace.
-__device__ __forceinline__ void note_decision(const Decision& d, float prob, bool skip, int step) {
+__device__ __forceinline__ void note_decision(const Decision& d, float prob, bool skip, bool runs, int step) {
   const int b = threadIdx.x;
   if (b >= ROWS) return;
   d.skip_LB[d.leader * ROWS + b] = skip;
   if (d.stay_LB) d.stay_LB[d.leader * ROWS + b] = !skip;
+  if (d.guess_LB) {
+    d.guess_LB[d.leader * ROWS + b] = !runs;
+    d.doubt_LB[d.leader * ROWS + b] = runs;
+  }
   if (blockIdx.x || step >= d.trace_steps) return;
   ROLLED for (int member = 0; member < d.members; ++member) {
     if (!(d.free_mask >> member & 1)) continue;
@@ -331,21 +295,33 @@ __device__ __forceinline__ void decide(const Decision& d, Team& team, Fixed& fix
   Held held;
   load_held(g, threadIdx.x / WARP * WARP_ROWS, held);
   const int step = __ldcg(d.step);
-  const float out_bias = widen(g.out_bias[0]), state = first_state(d, first, end);
+  const float out_bias = widen(g.out_bias[0]), state = d.next_Bd ? first_state(d.path, first, end) : 0.f;
   const Bar bar = load_bar(d);
-  bring_path(d, g, first, end);
+  if (d.later && blockIdx.x == 0 && threadIdx.x == 0) bring_near(d.later, d.later_bytes);  // what the next gate asks for
+  if (d.next_Bd) bring_up(d.path, g.path, first, end);
   if (d.fresh) await(team);  // for its numbers are asked for here
   weigh_preview(d, g);
   // What the layer in front left is visible already: that was awaited before the front product.
   if (d.reduce_width) measure_motion(d.before_Bd, d.after_Bd, d.left_skip_B, d.width, d.motion_B2, fixed);
   await_copies();
+  if (d.ends) {
+    await(team);
+    stage_down(d.path, g.path);
+  }
   __syncthreads();
+  if (d.ends) {
+    pass_by(d.path, g.path, d.next_Bd, first, end, state);
+    __syncthreads();
+    arrive(team);
+  }
   find_logits(d, g, held, team, fixed);
   __syncthreads();
   const float prob = find_probability(d, g, out_bias);
   const bool skip = wants_skip(d, prob, bar);
-  note_decision(d, prob, skip, step);
-  const int* skip_B = d.skip_LB + d.leader * ROWS;
-  know(team, skip_B, __any_sync(0xffffffffu, !skip));
-  if (d.next_Bd && !team.known) pass_by(d, g, first, end, state);
+  const bool runs = __any_sync(0xffffffffu, !skip);
+  note_decision(d, prob, skip, runs, step);
+  know(team, d.skip_LB + d.leader * ROWS, runs);
+  if (d.next_Bd && !d.ends && !team.known) pass_by(d.path, g.path, d.next_Bd, first, end, state);
 }
+
+static_assert(sizeof(Decision) <= DECISION_BYTES, "Fixed has room for it");

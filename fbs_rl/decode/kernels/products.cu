@@ -5,39 +5,6 @@
 // cores all warps take OUT_ROWS rows together, each some of the columns. Weights are on their way long before
 // (asking.cu), if the layer looked as if it ran. Sums meet in shared memory, where the output stage finds them.
 
-// What a row has that skips a layer: state + up·silu(down); null up: the state.
-struct SkipPath {
-  const num* state_Bd;
-  const num* up;    // [width, rank]
-  const num* down;  // what the front product made of it
-  long long down_stride;
-  int rank;
-  int width;
-};
-
-__device__ __forceinline__ float skipped_output(const SkipPath& p, int b, int n) {
-  const float state = read(p.state_Bd + b * p.width + n);
-  if (!p.up) return state;
-  float sum = 0.f;
-#pragma unroll 8
-  for (int j = 0; j < p.rank; ++j)
-    sum += widen(p.up[(long long)n * p.rank + j]) * rounded(silu(read(p.down + b * p.down_stride + j)));
-  return state + rounded(sum);
-}
-
-// The end of a layer that all rows skip.
-struct SkipEnd {
-  SkipPath path;
-  num* out_Bd;
-};
-
-__device__ __forceinline__ void skip_end(const SkipEnd& s, Team& team) {
-  await(team);
-  const int place = threadIdx.x * gridDim.x + blockIdx.x;  // the same number for every block
-  ROLLED for (int i = place; i < s.path.width * ROWS; i += gridDim.x * THREADS)
-    s.out_Bd[i] = narrow(skipped_output(s.path, i / s.path.width, i % s.path.width));
-}
-
 struct Product {
   Weights weights;
   const num* input;
@@ -57,11 +24,15 @@ struct Product {
   const float* sum_Bd;
   num* ring[2];
   int ring_length;
+  int bare_from;  // BOTH: output rows from here on read the input without the norm's weight
+  int keeps;      // 1: every block leaves its input in the room for a product behind, whose input is HELD
+  const unsigned char* decision;  // a Decision that is taken when most weights are through; null: none
+  int early;      // 1: what it reads was awaited before the call in front
 };
 
 // NORMED: weight * round(x / rms), as the backbone norms; PRENORMED: round(weight * x / rms), as nn.RMSNorm;
-// UNIT: without weight; MEAN: sum / size. BOTH: NORMED, and UNIT for the rows of the last matrix. HELD: what the product in front left
-// in the room, for a call that is void where nobody runs.
+// UNIT: without weight; MEAN: sum / size. BOTH: NORMED, and UNIT for the last rows. HELD: what a product in front left in
+// the room, for a call that is void where nobody runs.
 enum Input { PLAIN, NORMED, UNIT, PRENORMED, MEAN, BOTH, HELD };
 // STORE: W·x + b. AFFINE: b + s·W·x. RESIDUAL: r + W·x. LAYER_END: that, or the skip path. GATED: silu(W_1·x)·W_2·x.
 // INJECT: r + s·W·x, or r where the row skips. LOGITS: with the best of each block. RING: into the ring of closed chunks.
@@ -271,20 +242,37 @@ __device__ __forceinline__ void output_stage(const Product& p, int output, const
 
 #define KEPT_ROWS (1024 / ROWS / 16 * 16)  // of a block, whose sums are kept at a time where each warp leaves one
 
-// The sums of the block's rows [first, end), whose weights come next.
-__device__ __forceinline__ void multiply_share(const Product& p, int first, int end, int bare, Stream& s, num* x, int apart,
-                                               float* sums) {
+// Units, or groups, in front of a decision: by then what lay in the rings at the start is used up, and as much as is read
+// while nobody multiplies finds room.
+__device__ __forceinline__ int before_deciding(int all) { return all * 5 / 8 / WARPS * WARPS; }
+
+// The sums of the block's rows [first, end), whose weights come next. takes: the decision that the product takes along.
+__device__ __forceinline__ void multiply_share(const Product& p, int first, int end, int bare, bool takes, Stream& s,
+                                               num* x, int apart, float* sums, Team& team, Fixed& fixed,
+                                               unsigned char* room) {
+  const int groups = groups_of(p.weights, end - first), all = TENSOR ? groups : groups * p.weights.splits;
+  ROLLED for (int part = 0; part < (TENSOR ? p.weights.parts : 1); ++part) {
 #if TENSOR
-  ROLLED for (int part = 0; part < p.weights.parts; ++part) {
     if (part) {
       __syncthreads();
       stage_part(p, part, x, apart);
     }
-    run_stream(p.weights, groups_of(p.weights, end - first), part, bare, s, x, apart, sums);
-  }
-#else
-  run_stream(p.weights, groups_of(p.weights, end - first), bare, s, x, sums);
 #endif
+    int begin = 0, to = takes ? before_deciding(all) : all;
+    ROLLED for (;;) {
+#if TENSOR
+      run_stream(p.weights, begin, to, part, bare, s, x, apart, sums);
+#else
+      run_stream(p.weights, begin, to, bare, s, x, sums);
+#endif
+      if (!takes) break;
+      decide(*(const Decision*)fixed.decision, team, fixed, room);
+      __syncthreads();
+      takes = false;
+      begin = to;
+      to = all;
+    }
+  }
   __syncthreads();
 }
 
@@ -300,9 +288,13 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
   if (p.norm)
     ROLLED for (int k = threadIdx.x; k < w.columns / LANE_NUMS; k += THREADS)
       copy_aside((uint4*)norm + k, (const uint4*)p.norm + k);
+  if (p.decision)
+    ROLLED for (int k = threadIdx.x; k < DECISION_BYTES / 16; k += THREADS)
+      copy_aside((uint4*)fixed.decision + k, (const uint4*)p.decision + k);
   await_copies();
-  await(team);
-  if (first == end && input != BOTH) return;  // those leave their input to the product behind as well
+  if (!p.early) await(team);
+  bool takes = p.decision;  // also a block that has no part in the product
+  if (first == end && !p.keeps && !takes) return;
   const bool runs = input == HELD || layer_runs(w.skip_B, team);
   if (idle(w, end, runs)) {
     pass(s, number, number + 1);
@@ -319,13 +311,15 @@ __device__ __forceinline__ void product(const Product& p, int input, int output,
   if (output != LOGITS && output != GATED && (int)threadIdx.x < (end - first) * ROWS)
     early = terms_of(p, output, threadIdx.x % ROWS, first + threadIdx.x / ROWS);
   if (input != HELD) stage(p, input, x, apart, norm, fixed.scratch);
-  if (first == end) return;
-  const int bare = input == BOTH ? row_count(w) - (w.rows[3] ? w.rows[3] : w.rows[2]) : 0x7fffffff;
+  if (first == end && !takes) return;
+  const int bare = input == BOTH ? p.bare_from : 0x7fffffff;
   const int at_once = TENSOR && w.parts == 1 ? KEPT_ROWS : end - first;
-  ROLLED for (int from = first, to; from < end; from = to) {
+  ROLLED for (int from = first, to; from < end || takes; from = to) {
     to = min(from + at_once, end);
     if (TENSOR && from != first) __syncthreads();
-    multiply_share(p, from, to, bare - from, s, x, apart, sums);
+    multiply_share(p, from, to, bare - from, takes, s, x, apart, sums, team, fixed, room);
+    takes = false;
+    if (first == end) return;
     if (to == end) close_product(s);
     output_stage(p, output, sums, from, to - from, from != first, early, fixed);
   }

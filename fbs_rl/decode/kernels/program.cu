@@ -52,7 +52,7 @@ struct Program {
   PRODUCT(26, product_summary, MEAN, STORE)          \
   PRODUCT(27, product_ring, PLAIN, RING)             \
   PRODUCT(28, product_entry, BOTH, STORE)            \
-  PRODUCT(29, product_query, HELD, STORE)            \
+  PRODUCT(29, product_held, HELD, STORE)             \
   PRODUCT(30, product_qkv_front, BOTH, STORE)
 
 struct Block {
@@ -70,7 +70,7 @@ struct Front {
   Fixed fixed;
 };
 
-#define FRONT_BYTES 4096
+#define FRONT_BYTES 4608
 static_assert(sizeof(Front) <= FRONT_BYTES, "fbs_rl/decode/program.py leaves this much");
 
 __device__ __forceinline__ Block open_block(const Program& p, unsigned char* shared) {
@@ -134,7 +134,7 @@ __device__ __forceinline__ void make_call(const Call& c, Block& b) {
     case 1: advance(*(const Advance*)c.arguments, *b.fixed, b.room); break;
     case 2: attention(*(const Attention*)c.arguments, b.team, *(AttentionShared*)b.room); break;
     case 3: decide(*(const Decision*)c.arguments, b.team, *b.fixed, b.room); break;
-    case 10: skip_end(*(const SkipEnd*)c.arguments, b.team); break;
+    case 10: skip_end(*(const SkipEnd*)c.arguments, b.team, b.room); break;
     case 11: leave_entry(*(const Attention*)c.arguments, b.team, *(AttentionShared*)b.room); break;
     case 4: move(*(const Move*)c.arguments, *b.fixed); break;
     case 12: scores(*(const Scores*)c.arguments, b.team, *b.fixed, b.room); break;
@@ -195,11 +195,13 @@ __device__ __forceinline__ void walk(const Program& p, unsigned char* shared) {
   if (threadIdx.x >= ALL_THREADS - WARP) lay_out(front);
   sync_all();
   if (threadIdx.x < THREADS) {
+    take_registers<WORK_REGISTERS>();
     work(p, shared);
-    return;
+  } else {
+    leave_registers<ASK_REGISTERS>();
+    keep_asking(front.orders, {p.products, p.first_product, p.end_product, (u32)p.ring_bytes, (u32)p.window_bytes,
+                               (u32)p.near_bytes, shared + FRONT_BYTES, front.arrivals});
   }
-  keep_asking(front.orders, {p.products, p.first_product, p.end_product, (u32)p.ring_bytes, (u32)p.window_bytes,
-                             (u32)p.near_bytes, shared + FRONT_BYTES, front.arrivals});
 }
 
 #ifndef EMULATED

@@ -1,6 +1,6 @@
 // Sums of a product: the weights that arrive times the input rows in shared memory.
 
-#define PIECES_AT_ONCE (ROWS * OUT_ROWS == 1 ? 4 : 1)  // of 16 bytes a lane
+#define PIECES_AT_ONCE (ROWS * OUT_ROWS == 1 ? 5 : 1)  // of 16 bytes a lane
 
 #if TENSOR
 #define LOADED 5  // times 16 bytes of a lane, of a row's chunk
@@ -47,14 +47,14 @@ __device__ __forceinline__ void keep_sums(const float sum[2][4], const float oth
   }
 }
 
-// A warp's share of a part of all groups; their sums into sums[(group, warp, OUT_ROWS, ROWS)]. From the block's row
-// `bare` on the inputs are those behind the first ones.
-__device__ __forceinline__ void run_stream(const Weights& given, int groups, int part, int bare, Stream& s, const num* x,
-                                           int apart, float* sums) {
+// A warp's share of a part of the groups [begin, end); their sums into sums[(group, warp, OUT_ROWS, ROWS)]. From the block's
+// row `bare` on the inputs are those behind the first ones.
+__device__ __forceinline__ void run_stream(const Weights& given, int begin, int end, int part, int bare, Stream& s,
+                                           const num* x, int apart, float* sums) {
   const Weights w = given;  // in registers
   const int bytes = OUT_ROWS * row_bytes(w.chunk);
-  sums += threadIdx.x / WARP * OUT_ROWS * ROWS;
-  ROLLED for (int group = 0; group < groups; ++group, sums += WARPS * OUT_ROWS * ROWS) {
+  sums += (begin * WARPS + threadIdx.x / WARP) * OUT_ROWS * ROWS;
+  ROLLED for (int group = begin; group < end; ++group, sums += WARPS * OUT_ROWS * ROWS) {
     const int cut = bare - group * OUT_ROWS;
     float sum[2][4] = {}, other[2][4] = {};
     ROLLED for (int chunk = 0; chunk < w.unit_chunks; ++chunk) {
@@ -68,7 +68,11 @@ __device__ __forceinline__ void run_stream(const Weights& given, int groups, int
   }
 }
 #else
-__device__ __forceinline__ void multiply(const Weights& w, const num* x, const num* weight, float acc[OUT_ROWS][ROWS]) {
+struct Sum {
+  float made[OUT_ROWS][ROWS];
+};
+
+__device__ __forceinline__ void multiply(const Weights& w, const num* x, const num* weight, Sum& sum) {
 #pragma unroll PIECES_AT_ONCE
   for (int k = threadIdx.x % WARP * LANE_NUMS; k < w.chunk; k += WARP * LANE_NUMS) {
     float v[OUT_ROWS][LANE_NUMS];
@@ -81,39 +85,44 @@ __device__ __forceinline__ void multiply(const Weights& w, const num* x, const n
 #pragma unroll
       for (int r = 0; r < OUT_ROWS; ++r)
 #pragma unroll
-        for (int i = 0; i < LANE_NUMS; ++i) acc[r][b] = fmaf(v[r][i], u[i], acc[r][b]);
+        for (int i = 0; i < LANE_NUMS; ++i) sum.made[r][b] = fmaf(v[r][i], u[i], sum.made[r][b]);
     }
   }
 }
 
-// A warp's share of the units; their sums into sums[(unit, OUT_ROWS, ROWS)]. From the block's row `bare` on the inputs
-// are those behind the first ones.
-__device__ __forceinline__ void run_stream(const Weights& given, int groups, int bare, Stream& s, const num* x,
+__device__ __forceinline__ void leave_sum(const Sum& sum, float* sums) {
+  const int lane = threadIdx.x % WARP;
+#pragma unroll
+  for (int r = 0; r < OUT_ROWS; ++r)
+#pragma unroll
+    for (int b = 0; b < ROWS; ++b) {
+      const float whole = warp_sum(sum.made[r][b]);
+      if (lane == (r * ROWS + b) % WARP) sums[r * ROWS + b] = whole;
+    }
+}
+
+// A warp's share of the units [begin, end); their sums into sums[(unit, OUT_ROWS, ROWS)]. From the block's row `bare` on
+// the inputs are those behind the first ones.
+__device__ __forceinline__ void run_stream(const Weights& given, int begin, int end, int bare, Stream& s, const num* x,
                                            float* sums) {
   const Weights w = given;  // in registers
-  const int units = groups * w.splits;
-  const int lane = threadIdx.x % WARP, bytes = OUT_ROWS * w.chunk * sizeof(num);
-  float acc[OUT_ROWS][ROWS] = {};
-  int unit = threadIdx.x / WARP, chunk = 0, column = 0;
-  ROLLED while (unit < units) {
-    if (chunk == 0) {
-      column = unit % w.splits * w.unit_chunks * w.chunk;
-      if (unit / w.splits * OUT_ROWS >= bare) column += ROWS * w.columns;
+  const int bytes = OUT_ROWS * w.chunk * sizeof(num), length = w.unit_chunks * w.chunk;
+  const int at = begin + threadIdx.x / WARP, group_step = WARPS / w.splits, split_step = WARPS % w.splits;
+  int group = at / w.splits, split = at % w.splits;
+  ROLLED for (int unit = at; unit < end; unit += WARPS) {
+    const num* from = x + split * length + (group * OUT_ROWS >= bare ? ROWS * w.columns : 0);
+    Sum sum = {};
+    ROLLED for (int chunk = 0; chunk < w.unit_chunks; ++chunk, from += w.chunk) {
+      multiply(w, from, await_piece(s, bytes), sum);
+      leave_piece(s, bytes);
     }
-    multiply(w, x + column, await_piece(s, bytes), acc);
-    leave_piece(s, bytes);
-    column += w.chunk;
-    if (++chunk < w.unit_chunks) continue;
-#pragma unroll
-    for (int r = 0; r < OUT_ROWS; ++r)
-#pragma unroll
-      for (int b = 0; b < ROWS; ++b) {
-        const float sum = warp_sum(acc[r][b]);
-        acc[r][b] = 0.f;
-        if (lane == (r * ROWS + b) % WARP) sums[(unit * OUT_ROWS + r) * ROWS + b] = sum;
-      }
-    chunk = 0;
-    unit += WARPS;
+    leave_sum(sum, sums + unit * OUT_ROWS * ROWS);
+    group += group_step;
+    split += split_step;
+    if (split >= w.splits) {
+      split -= w.splits;
+      ++group;
+    }
   }
 }
 #endif

@@ -12,7 +12,7 @@ struct Weights {
   const num* matrix[4];  // output rows come from up to four matrices, one behind the other
   int rows[4];
   int columns;
-  int blocks;  // that share the output rows
+  u32 blocks;  // that share the output rows
   int parts;   // of the columns, of whose inputs a block has one at a time; 1: all at once
   int splits;  // of a part, of which each is a unit for one of the rings
   int chunk;   // columns of a piece
@@ -40,9 +40,9 @@ __device__ __forceinline__ const num* weight_row(const Weights& w, int row) {
 // The output rows that this block has, [first, end).
 __device__ __forceinline__ void share_of(const Weights& w, int& first, int& end) {
   const int step = w.paired && SHARE_ROWS == 1 ? 2 : SHARE_ROWS;  // a pair stays together
-  const int shares = (row_count(w) + step - 1) / step, block = min((int)blockIdx.x, w.blocks);
-  first = step * (int)((long long)shares * block / w.blocks);
-  end = min(step * (int)((long long)shares * min(block + 1, w.blocks) / w.blocks), row_count(w));
+  const u32 shares = (row_count(w) + step - 1) / step, block = min(blockIdx.x, w.blocks);
+  first = step * (int)(shares * block / w.blocks);  // of 64 bits it would take as long as a piece
+  end = min(step * (int)(shares * min(block + 1, w.blocks) / w.blocks), row_count(w));
 }
 
 // A block's rows come in groups of OUT_ROWS, of which the last may be smaller. Where they are paired they are rows of one
@@ -151,7 +151,7 @@ __device__ __forceinline__ const num* await_piece(Stream& s, u32 bytes) {
 
 __device__ __forceinline__ void tell_taken(const Stream& s) {
   __syncwarp();
-  if (threadIdx.x % WARP == 0) tell(s.orders->taken + threadIdx.x / WARP, (u64)s.mark.number << 32 | s.mark.passed);
+  if (threadIdx.x % WARP == 0) note(s.orders->taken + threadIdx.x / WARP, (u64)s.mark.number << 32 | s.mark.passed);
 }
 
 __device__ __forceinline__ void leave_piece(Stream& s, u32 bytes) {
