@@ -104,6 +104,7 @@ def serve_engine(connection: Connection, spec: EngineSpec) -> None:
     """The process: starts the engine, sends its EngineFacts, then answers each RoundSpec with a Round and each
     RequestSpec with a Request; any failure is answered with its text."""
     os.dup2(2, 1)  # what vLLM prints must not be taken for the bench's own output
+    os.setsid()  # a signal to all of the bench's processes is for the bench alone, which ends its round
     try:
         engine = _Engine(spec)
         connection.send(engine.facts())
@@ -246,7 +247,8 @@ class _Engine:
         for layer in self.config.gate_leaders:
             name = f"model.layers.{layer}.skip_gate.out"
             tensors[f"{name}.weight"] = torch.zeros(1, self.config.gate_hidden)
-            tensors[f"{name}.bias"] = torch.tensor([logit_L[layer]])
+            decided = self.config.block_asked_at(layer).start
+            tensors[f"{name}.bias"] = torch.tensor([logit_L[decided]])
         self.version += 1
         update_gates(self.llm, GateBundle.of(self.version, tensors))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -247,21 +248,22 @@ def test_geometries() -> None:
     assert lively("qwen3").config.layer_count == made.config.num_hidden_layers
 
 
-def test_a_bench_that_is_stopped_shows_the_rounds_so_far(tmp_path: Path) -> None:
-    """What a signal would cost otherwise are all rounds that were measured."""
-    arguments = words(
-        "batch", "--engines", "incremental", "--batches", "1,2", "--out", str(tmp_path)
-    )
+@pytest.mark.parametrize("engines", ["incremental", "incremental,vllm"])
+def test_a_bench_that_is_stopped_shows_the_rounds_so_far(tmp_path: Path, engines: str) -> None:
+    """What a signal would cost otherwise are all rounds that were measured. It reaches all processes, as from a terminal
+    or from `timeout`."""
+    arguments = words("batch", "--engines", engines, "--batches", "1,2", "--out", str(tmp_path))
+    arguments += ["--vllm", "enforce_eager=true"]
     arguments[arguments.index("--runs") + 1] = "100000"
     command = [sys.executable, "-m", "fbs_rl.bench", *arguments]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as bench:
         assert bench.stderr is not None
         said = ""
         while "round 3 of" not in said:
             said += bench.stderr.read(1)
-        bench.send_signal(signal.SIGTERM)
+        os.killpg(bench.pid, signal.SIGTERM)
         printed, _ = bench.communicate(timeout=300)
     assert bench.returncode == 0 and "stopped by a signal after" in printed
     rows = json.loads((tmp_path / "batch.json").read_text())["rows"]
