@@ -250,8 +250,8 @@ def test_geometries() -> None:
 
 @pytest.mark.parametrize("engines", ["incremental", "incremental,vllm"])
 def test_a_bench_that_is_stopped_shows_the_rounds_so_far(tmp_path: Path, engines: str) -> None:
-    """What a signal would cost otherwise are all rounds that were measured. It reaches all processes, as from a terminal
-    or from `timeout`."""
+    """What a signal would cost otherwise are all rounds that were measured. It reaches all processes, as from a
+    terminal or from `timeout`."""
     arguments = words("batch", "--engines", engines, "--batches", "1,2", "--out", str(tmp_path))
     arguments += ["--vllm", "enforce_eager=true"]
     arguments[arguments.index("--runs") + 1] = "100000"
