@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from fbs_rl.bench_engine import held_logits
 from fbs_rl.decode.graph_decoder import DecodeTrace, GraphDecoder, RowsDecide, kernel_shape
 from fbs_rl.decode.kernel_arguments import Call
 from fbs_rl.decode.program import Program
 from fbs_rl.decode.supported import check_supported
+from fbs_rl.latency_engines import hold_gates
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.model.flops import count_trace
 from fbs_rl.model.kv_cache import FBSCache
@@ -145,6 +147,24 @@ def test_blocks_without_a_part_in_a_product_decide_too(place: str) -> None:
     assert wanted.skip is not None and wanted.logits is not None
     assert torch.equal(found.skip_LBT, wanted.skip[:, :, PROMPT:])
     torch.testing.assert_close(logits, wanted.logits[:, PROMPT:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("options", [{}, NOOP], ids=["default", "noop"])
+def test_bfloat16_with_decisions_ahead(place: str, options: dict[str, Any], rows: int) -> None:
+    """Gates that are certain, so that rounding flips none: some layers are skipped by all rows, some by none."""
+    model = fresh("qwen3", paw_layers=(0,), chunk=False, gate_ahead=1, **options)
+    model = enliven(model).bfloat16()
+    hold_gates(model, held_logits(model.config, 0.5, apart=False))
+    prompt, fed = tokens(rows, PROMPT, 1), tokens(rows, STEPS, 2)
+    wanted = refereed(model, prompt, fed, "threshold", {"tau": 0.5})
+    found, logits = forced(decoder_of(model, place, rows, "threshold"), prompt, fed, {"tau": 0.5})
+    assert wanted.skip is not None and wanted.logits is not None
+    assert torch.equal(found.skip_LBT, wanted.skip[:, :, PROMPT:])
+    assert found.skip_LBT.float().mean() == 0.5
+    error = (logits.float() - wanted.logits[:, PROMPT:].float()).norm()
+    assert error < 0.03 * wanted.logits[:, PROMPT:].float().norm()
 
 
 @pytest.mark.parametrize("place", PLACES)
