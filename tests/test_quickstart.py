@@ -214,11 +214,11 @@ def test_a_model_with_gates_is_sent_to_the_training_command(
         (["--stage1", "phases.step=4"], "unknown key phases.step; did you mean phases.steps?"),
         (["--stage1", "cluster.ranks=3"], "3 ranks of 2 sequences"),
         (["--stage1", "model.options.paw_horizon=20"], "can only set losses, not paw_horizon"),
-        (["--stage1", "phases.skip_target_start=0"], "must lie between 0 and 0.88"),
+        (["--stage1", "phases.skip_target_start=0"], "must lie between 0 and 0.75"),
         (["--stage2", "episodes.sample=2"], "unknown key episodes.sample; did you mean"),
         (["--updates", "0"], "updates is 0"),
         (["--length", "300"], "is 288 tokens"),
-        (["--ratios", "0.2,0.9"], "only 0.88 of the layers of"),
+        (["--ratios", "0.2,0.9"], "only 0.75 of the layers of"),
     ],
 )
 def test_mistakes_get_one_sentence(

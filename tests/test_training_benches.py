@@ -38,14 +38,14 @@ def rows_of(root: Path, *words: str) -> list[dict[str, Any]]:
 
 def test_the_frontier_measures_every_arm_on_the_same_tokens(root: Path) -> None:
     rows = rows_of(
-        root, "fbs_rl.frontier", "--config", str(root / "shared.yaml"), "--arms", "plain,default",
+        root, "fbs_rl.frontier", "--config", str(root / "shared.yaml"), "--arms", "plain,gates-here",
         "--heldout", "4", "--controls",
     )  # fmt: skip
     dense = {row["arm"]: row for row in rows if row["variant"] == "dense"}
-    assert set(dense) == {"plain", "default"}
-    assert dense["plain"]["tokens"] == dense["default"]["tokens"] > 0
+    assert set(dense) == {"plain", "gates-here"}
+    assert dense["plain"]["tokens"] == dense["gates-here"]["tokens"] > 0
     assert [r for r in rows if r["arm"] == "plain"] == [dense["plain"]]
-    found = {(r["variant"], r["asked"]) for r in rows if r["arm"] == "default"}
+    found = {(r["variant"], r["asked"]) for r in rows if r["arm"] == "gates-here"}
     # Two of four layers are as many as three free ones allow to be asked for.
     assert {(v, a) for v in ("gates", "random", "static") for a in (0.1, 0.5)} <= found
     for row in rows:
