@@ -8,6 +8,8 @@ from pathlib import Path
 _FOLDER = Path(__file__).parent / "kernels"
 _FILES = (
     "common",
+    "hardware",
+    "block",
     "weights",
     "asking",
     "sums",
