@@ -87,6 +87,22 @@ def test_hard_window_passes_the_soft_gradient() -> None:
 # --- preview vocabulary and its reduced embedding (SPEC 2.3) --------------------------------------------
 
 
+@torch.no_grad()
+def test_what_is_kept_of_weights_can_be_held_longer() -> None:
+    """As a captured graph must, which reads it where it lies: the same until a weight changes, then something else."""
+    model, ids = enliven(fresh()), torch.arange(6).unsqueeze(0)
+    model(ids)
+    held = model.model.derived()
+    assert len(held) == 2 + len(model.config.preview_layers) and None not in held
+    model(ids)
+    assert all(one is other for one, other in zip(held, model.model.derived(), strict=True))
+    for parameter in model.model.parameters():
+        parameter.mul_(1.01)
+    model(ids)
+    assert not any(one is other for one, other in zip(held, model.model.derived(), strict=True))
+    assert fresh(paw=False, gate_inputs="residual").model.derived() == ()
+
+
 def test_vocabulary_keeps_the_most_frequent_tokens() -> None:
     head = fresh(paw_vocab_size=8).model.preview
     counts = torch.zeros(VOCAB)

@@ -14,7 +14,7 @@ from fbs_rl.model.layer import FBSLayer
 from fbs_rl.model.skip_path import SkipAdapter
 from fbs_rl.types import GateInputs, KVPolicy
 
-_DECISION_BYTES = 384  # DECISION_BYTES of kernels/common.cu
+_DECISION_BYTES = 384  # DECISION_BYTES of kernels/block.cu
 
 
 def write_decision(

@@ -103,6 +103,7 @@ class GraphDecoder:
         self.writer = _make_writer(
             model, self.shape, self.launcher, self.mode, rows_decide, tokens, never_skip
         )
+        self._prompts: dict[int, PromptGraph] = {}
         self.refresh_weights()
         write_step(self.writer)
         self._to_logits = len(self.writer.calls)
@@ -111,15 +112,13 @@ class GraphDecoder:
         self.program = Program.of(self.writer.calls, self.shape, blocks, device)
         self.prompt_tokens, self.taken, self._graph = 0, 0, None
         self._start_B = torch.zeros(rows, dtype=torch.long)
-        self._prompts: dict[int, PromptGraph] = {}
         if device.type == "cuda":
             self._capture()
-            for length in prompt_lengths:
-                prompt_BT = torch.zeros(rows, length, dtype=torch.long, device=device)
-                self._prompts[length] = PromptGraph(self._read_whole, prompt_BT)
+            self._capture_prompts(prompt_lengths)
 
     def refresh_weights(self) -> None:
-        """Follow a change of the model's weights in place; the graph stays as it is."""
+        """Follow a change of the model's weights in place; the graph of a step stays as it is, those of prompts, which
+        read what the model keeps of its weights, are captured anew."""
         gates_act = bool(self.writer.free)
         for layer in self.model.model.fbs_layers():
             if layer.index in self.writer.fronts:
@@ -128,6 +127,16 @@ class GraphDecoder:
                 self.writer.gate_rows[layer.index].copy(layer.skip_gate)
         if self.writer.previews is not None:
             self.writer.previews.copy_weights(self.model)
+        self._capture_prompts(self._prompts)
+
+    def _capture_prompts(self, lengths: Collection[int]) -> None:
+        for length in tuple(lengths):
+            prompt_BT = torch.zeros(
+                self.rows, length, dtype=torch.long, device=self.launcher.device
+            )
+            self._prompts[length] = PromptGraph(
+                self._read_whole, prompt_BT, self.model.model.derived
+            )
 
     @torch.inference_mode()
     def prefill(

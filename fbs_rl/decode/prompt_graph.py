@@ -11,9 +11,15 @@ from torch import Tensor
 
 class PromptGraph:
     """read: what is captured, from prompts [B, T] to the logits of their last tokens [B, V]; it may not look at the
-    device. Whatever else it leaves lies where it lay when it was captured."""
+    device. Whatever else it leaves lies where it lay when it was captured. reads: what it finds beside weights, which
+    must stay where it is as long as the graph does."""
 
-    def __init__(self, read: Callable[[Tensor], Tensor], prompt_BT: Tensor) -> None:
+    def __init__(
+        self,
+        read: Callable[[Tensor], Tensor],
+        prompt_BT: Tensor,
+        reads: Callable[[], object] = lambda: None,
+    ) -> None:
         self._prompt_BT = prompt_BT
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -23,6 +29,7 @@ class PromptGraph:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits_BV = read(prompt_BT)
+        self._reads = reads()
 
     def __call__(self, prompt_BT: Tensor) -> Tensor:
         """The logits, overwritten by the next call."""

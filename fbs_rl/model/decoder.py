@@ -114,6 +114,14 @@ class FBSModel(FBSPreTrainedModel):
             if layer.paw is not None:
                 layer.paw.forget_derived()
 
+    def derived(self) -> tuple[object, ...]:
+        """What is kept of weights between calls; a captured graph reads it where it lies."""
+        found = () if self.preview is None else self.preview.derived()
+        for layer in self.fbs_layers():
+            if layer.paw is not None:
+                found += layer.paw.derived()
+        return found
+
     def run(
         self,
         input_ids: Tensor | None,

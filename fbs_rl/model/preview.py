@@ -8,10 +8,8 @@ function of the one token's state, so sequences and single decoding steps run th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +17,8 @@ from torch.nn import functional as F
 
 from fbs_rl.model.compiled import compilable, compiling
 from fbs_rl.model.configuration import FBSConfig
+from fbs_rl.model.kept import Kept
 from fbs_rl.types import Compression
-
-_Made = TypeVar("_Made")
 
 _CONV_GROUP = 16
 _SHORTLIST_TOKENS = (
@@ -29,31 +26,6 @@ _SHORTLIST_TOKENS = (
 )
 _SHORTLIST_GROUP = 32
 _DENSE_MIX_WIDTH = 256
-
-
-class _Kept(Generic[_Made]):
-    """Something made from parameters, remade when one of them changed and at each pass that trains it."""
-
-    def __init__(self) -> None:
-        self._held: tuple[tuple, _Made] | None = None
-
-    def forget(self) -> None:
-        self._held = None
-
-    def get(self, make: Callable[[], _Made], trained: Tensor, *others: Tensor) -> _Made:
-        """make(), or what it gave before. Gradients reach `trained` only."""
-        if torch.is_grad_enabled() and trained.requires_grad:
-            self.forget()  # an optimiser step follows, and some write through .data, unseen by _version
-            return make()
-        # In-place updates bump _version, replaced tensors change data_ptr.
-        marks = tuple(
-            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
-            for t in (trained, *others)
-        )
-        if self._held is None or self._held[0] != marks:
-            with torch.inference_mode(False), torch.no_grad():  # later passes may need gradients
-                self._held = (marks, make())
-        return self._held[1]
 
 
 @dataclass(slots=True, frozen=True)
@@ -120,8 +92,8 @@ class PreviewHead(nn.Module):
         self.register_buffer("log_prior_N", torch.empty(size))
         self.token_ids_N: Tensor
         self.log_prior_N: Tensor
-        self._derived: _Kept[Derived] = _Kept()
-        self._maps: _Kept[Tensor] = _Kept()
+        self._derived: Kept[Derived] = Kept()
+        self._maps: Kept[Tensor] = Kept()
 
     def reset_parameters(self) -> None:
         for linear in (self.state_proj, self.embed_proj):
@@ -156,6 +128,10 @@ class PreviewHead(nn.Module):
         """Drop what is kept. Needed after writes through `.data`, which leave no trace on a tensor."""
         self._derived.forget()
         self._maps.forget()
+
+    def derived(self) -> tuple[object, ...]:
+        """What is kept, so that somebody can keep it longer."""
+        return self._derived.held, self._maps.held
 
     def derive(self, embedding_Vd: Tensor) -> Derived:
         """E_r and what else follows from the weights, kept between calls."""
@@ -241,7 +217,7 @@ class Paw(nn.Module):
             self.mix = nn.Conv1d(
                 width, width, kernel_size=3, padding=1, groups=width // _CONV_GROUP
             )
-            self._taps: _Kept[Tensor] = _Kept()
+            self._taps: Kept[Tensor] = Kept()
         elif self.compression is Compression.LINEAR:
             self.mix = nn.Linear(width * self.horizons, width, bias=False)
         self.up_norm = nn.RMSNorm(config.pooled_width, eps=config.rms_norm_eps)
@@ -267,6 +243,10 @@ class Paw(nn.Module):
         """As PreviewHead.forget_derived."""
         if self.compression is Compression.CONV:
             self._taps.forget()
+
+    def derived(self) -> tuple[object, ...]:
+        """As PreviewHead.derived."""
+        return (self._taps.held,) if self.compression is Compression.CONV else ()
 
     def query(self, normed_BTd: Tensor, head: PreviewHead) -> Tensor:
         """The token's query q [B, T, R], before the per-horizon maps."""
