@@ -60,7 +60,7 @@ def _decision(writer: StepWriter, layer: FBSLayer, behind: bool, held_bytes: int
     config, gates, buffers = writer.model.config, writer.gates, writer.layers
     index, gate = layer.index, layer.skip_gate
     assert gate is not None
-    block, ends = config.block_asked_at(index), index in writer.free and not writer.ahead
+    block, own = config.block_asked_at(index), index in writer.free and not writer.ahead
     leader = block.start
     mask = sum(1 << member - leader for member in block if member in writer.free)
     reads: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def _decision(writer: StepWriter, layer: FBSLayer, behind: bool, held_bytes: int
         }
     if index > 0 and config.gate_inputs != GateInputs.PREVIEW:
         reads |= _moved(writer, index - 1)
-    if ends:
+    if own:
         reads |= {"path": skip_path(writer, layer), "next_Bd": writer.entering(index + 1)}
     if writer.ahead:
         reads |= {"guess_LB": gates.guess_LB, "doubt_LB": gates.doubt_LB}
@@ -89,7 +89,6 @@ def _decision(writer: StepWriter, layer: FBSLayer, behind: bool, held_bytes: int
     if later is not None:
         reads |= {"later": later.weight_N, "later_bytes": later.weight_N.nbytes}
     front, weights = buffers.front(index), writer.gate_rows[index].weight_N
-    asks = asks_with_entry(writer, layer)
     call = make_call(
         "decide", held_bytes + gate_bytes(writer, layer), front=front, front_stride=front.stride(0), weights=weights,
         hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
@@ -101,7 +100,7 @@ def _decision(writer: StepWriter, layer: FBSLayer, behind: bool, held_bytes: int
     )  # fmt: skip
     noted = (gates.skip_LB, gates.stay_LB, gates.guess_LB, gates.doubt_LB)
     call.quiet, call.sets = True, tuple(flags_LB[leader] for flags_LB in noted)
-    if ends and (asks or config.kv_on_skip == KVPolicy.NOOP):
+    if own and (asks_with_entry(writer, layer) or config.kv_on_skip == KVPolicy.NOOP):
         # Where all rows skip, nothing follows that others would wait for.
         call.quiet_flags, call.quiet_where = writer.skip_B(index), Void.SOME_ROW_RUNS
     return call
@@ -116,15 +115,16 @@ def decides(writer: StepWriter, layer: FBSLayer) -> bool:
 def asks_with_entry(writer: StepWriter, layer: FBSLayer) -> bool:
     """Whether keys and values are made with the front, before the gate decides: they are needed either way, and the
     same, where nothing is injected. Then queries and attention need not wait for the decision either."""
-    plain = layer.paw is None and layer.chunk_reader is None and not writer.ahead
+    plain = layer.paw is None and layer.chunk_reader is None
     asks = (
         layer.skip_gate is not None and layer.index in writer.free and layer.index in writer.fronts
     )
-    return plain and asks and writer.model.config.kv_on_skip == KVPolicy.PROJECT
+    projects = writer.model.config.kv_on_skip == KVPolicy.PROJECT
+    return plain and asks and projects and not writer.ahead
 
 
 def skip_path(writer: StepWriter, layer: FBSLayer) -> dict[str, Any]:
-    """SkipPath of kernels/products.cu."""
+    """SkipPath of kernels/skip_path.cu."""
     state, path = writer.entering(layer.index), layer.skip_path
     told = {"state_Bd": state, "width": state.shape[1]}
     if layer.index not in writer.free or not isinstance(path, SkipAdapter):
@@ -149,7 +149,7 @@ def write_move(writer: StepWriter, layer: FBSLayer) -> None:
     layer may be skipped without that one."""
     index, config = layer.index, writer.model.config
     together = index - 1 in writer.free and index % config.gate_block > 0
-    last = max(gate for gate in writer.gate_rows) if writer.gate_rows else -1
+    last = max(writer.gate_rows, default=-1)
     if index == 0 or index not in writer.free or together or index > last:
         return
     if config.gate_inputs != GateInputs.PREVIEW and not decides(writer, layer):

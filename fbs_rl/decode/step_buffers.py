@@ -164,8 +164,9 @@ def _attention_splits(heads: int, tokens: int, multiprocessors: int) -> int:
 @dataclass(slots=True)
 class GateBuffers:
     """Decisions of the step and of the steps before it: of layers that share one, at the first of them. stay_LB: 1
-    where a row does not skip. guess_LB: 1 in all rows of a layer that all of them skipped at the token before;
-    doubt_LB: the other way round. unwanted_B: ones. seed_B2: low and high word of each row's seed."""
+    where a row does not skip. guess_LB: 1 in all rows of a layer that all of them skipped at the token before, or skip
+    now, where gates decide a layer ahead; doubt_LB: the other way round. unwanted_B: ones. seed_B2: low and high word
+    of each row's seed."""
 
     skip_LB: Tensor
     stay_LB: Tensor

@@ -238,17 +238,17 @@ class FBSConfig(PreTrainedConfig):
         starts = range(0, self.layer_count, self.gate_block)
         protected = self.protected_layers
         return tuple(
-            s - self.gate_ahead for s in starts if not protected.issuperset(self.decided_at(s))
+            s - self.gate_ahead for s in starts if not protected.issuperset(self._block(s))
         )
 
-    def decided_at(self, start: int) -> range:
+    def _block(self, start: int) -> range:
         """The layers of the block that begins at `start`."""
         return range(start, min(start + self.gate_block, self.layer_count))
 
     def block_asked_at(self, layer: int) -> range:
         """The block whose decision is taken where `layer` begins; empty where none is."""
         start = layer + self.gate_ahead
-        return range(0) if start % self.gate_block else self.decided_at(start)
+        return range(0) if start % self.gate_block else self._block(start)
 
     @property
     def preview_vocab_size(self) -> int:
