@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,22 +115,28 @@ def measure(
 ) -> list[Row]:
     """Rows of one preset; in every batch stock vLLM comes first."""
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="fbs_bench_") as name, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="fbs_bench_") as name:
         folder = Path(name)
         _say(f"preset {preset}: writing the models ...")
         config = _export(folder, preset, arguments)
-        engines = {}
-        for engine, (part, options) in _engines(arguments, max(batches)).items():
-            _say(f"preset {preset}: starting {engine} ...")
-            spec = EngineSpec(
-                str(folder / part), arguments.dtype, max(batches), arguments.prompt_tokens, arguments.tokens, options
-            )  # fmt: skip
-            engines[engine], _ = stack.enter_context(running(engine, spec, arguments.threads))
-        for batch in batches:
-            _say(f"preset {preset}: batch {batch} ...")
-            variants = _variants(engines, batch, skips)
-            rounds = _take_turns(engines, variants, batch, arguments.rounds)
-            rows += _rows(preset, batch, rounds, config)
+        specs = {
+            engine: EngineSpec(
+                str(folder / part),
+                arguments.dtype,
+                max(batches),
+                arguments.prompt_tokens,
+                arguments.tokens,
+                options,
+            )
+            for engine, (part, options) in _engines(arguments, max(batches)).items()
+        }
+        _say(f"preset {preset}: starting {', '.join(specs)} ...")
+        with running(specs, arguments.threads) as (engines, _):
+            for batch in batches:
+                _say(f"preset {preset}: batch {batch} ...")
+                variants = _variants(engines, batch, skips)
+                rounds = _take_turns(engines, variants, batch, arguments.rounds)
+                rows += _rows(preset, batch, rounds, config)
     return rows
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from typing import Any, TypeAlias
 
@@ -26,15 +26,30 @@ SETTLED = {
 
 
 @contextmanager
-def running(name: str, spec: EngineSpec, threads: int) -> Iterator[tuple[Channel, EngineFacts]]:
-    """The connection to a started engine, and what it says of itself. Raises OSError if it cannot start."""
+def running(
+    specs: Mapping[str, EngineSpec], threads: int
+) -> Iterator[tuple[dict[str, Channel], dict[str, EngineFacts]]]:
+    """The connections to started engines, and what they say of themselves, by name. They start side by side, for
+    much of it is waiting. threads: of each. Raises OSError if one cannot start."""
+    with ExitStack() as stack:
+        channels = {
+            name: stack.enter_context(_process(spec, threads)) for name, spec in specs.items()
+        }
+        facts = {
+            name: answer(channel, name, "start", _START_S) for name, channel in channels.items()
+        }
+        yield channels, facts
+
+
+@contextmanager
+def _process(spec: EngineSpec, threads: int) -> Iterator[Channel]:
     ours, theirs = get_context("spawn").Pipe()
     with environment({**SETTLED, "OMP_NUM_THREADS": str(threads)}):
         process = get_context("spawn").Process(target=serve_engine, args=(theirs, spec))
         process.start()
     theirs.close()
     try:
-        yield ours, answer(ours, name, "start", _START_S)
+        yield ours
     finally:
         ours.close()
         process.join(_END_S)

@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,15 +72,14 @@ def start(
         raise ValueError(
             f"the engine {names[0]} needs vLLM; install fbs_rl[cpu] or fbs_rl[cuda], or name other --engines"
         )
-    with tempfile.TemporaryDirectory(prefix="fbs_bench_") as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="fbs_bench_") as folder:
         weight_bytes = write_folders(Path(folder), savable(backbone), model)
-        channels, facts = {}, {}
-        for name in names:
-            spec = _spec(name, Path(folder), model.config, most, weight_bytes, options)
-            channels[name], facts[name] = stack.enter_context(
-                running(name, spec, torch.get_num_threads())
-            )
-        yield VLLMProcesses(channels, facts)
+        specs = {
+            name: _spec(name, Path(folder), model.config, most, weight_bytes, options)
+            for name in names
+        }
+        with running(specs, torch.get_num_threads()) as (channels, facts):
+            yield VLLMProcesses(channels, facts)
 
 
 def _spec(
