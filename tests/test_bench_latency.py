@@ -16,7 +16,7 @@ import torch
 
 from fbs_rl.bench import main
 from fbs_rl.bench_latency import describe, parse, run
-from fbs_rl.decode.graph_decoder import kernel_shape
+from fbs_rl.decode.step_program import kernel_shape
 from fbs_rl.latency_engines import StepTrace, Variant, Workload, hold_gates, make_engine
 from fbs_rl.latency_figures import bootstrap_interval, entropy_slices
 from fbs_rl.latency_protocol import Sample, measure, run_request, step_entropies

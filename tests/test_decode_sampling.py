@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from fbs_rl.decode.graph_decoder import GraphDecoder, kernel_shape
+from fbs_rl.decode.graph_decoder import GraphDecoder
 from fbs_rl.decode.sampling import top_p_sampler
+from fbs_rl.decode.step_program import kernel_shape
 from tests.decode_launchers import PLACES, make_launcher
 from tests.tiny import lively
 

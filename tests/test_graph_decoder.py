@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from fbs_rl.bench_engine import held_logits
-from fbs_rl.decode.graph_decoder import DecodeTrace, GraphDecoder, RowsDecide, kernel_shape
+from fbs_rl.decode.graph_decoder import DecodeTrace, GraphDecoder, RowsDecide
 from fbs_rl.decode.kernel_arguments import Call
 from fbs_rl.decode.program import Program
+from fbs_rl.decode.step_program import kernel_shape
 from fbs_rl.decode.supported import check_supported
 from fbs_rl.latency_engines import hold_gates
 from fbs_rl.model.configuration import FBSConfig

@@ -135,17 +135,31 @@ def _attention_arguments(
     writer: StepWriter, layer: FBSLayer, skip_B: Tensor | None
 ) -> dict[str, Any]:
     buffers, attention, config = writer.layers, layer.self_attn, writer.model.config
-    keys, lengths, qkv = buffers.keys[layer.index], buffers.length_LBG, buffers.qkv(layer.index)
-    heads, capacity = keys.shape[1:3]
+    lengths, qkv = buffers.length_LBG, buffers.qkv(layer.index)
     return {
-        "qkv": qkv, "qkv_stride": qkv.stride(0), "keys": keys, "values": buffers.values[layer.index],
+        "qkv": qkv, "qkv_stride": qkv.stride(0), **_entries(writer, layer.index),
         "cos": buffers.cos_SD, "sin": buffers.sin_SD, "query_norm": _head_norm(attention, "q_norm"),
         "key_norm": _head_norm(attention, "k_norm"), "position_B": writer.tokens.position_B,
         "length_BG": None if lengths is None else lengths[layer.index], "skip_B": skip_B,
         "part_sums": buffers.part_sums, "part_state": buffers.part_state, "arrived": buffers.arrived,
-        "out": buffers.attended_BX, "key_heads": heads, "splits": buffers.splits, "capacity": capacity,
+        "out": buffers.attended_BX, "key_heads": config.num_key_value_heads, "splits": buffers.splits,
         "leaves_entry": int(config.kv_on_skip == KVPolicy.PROJECT), "scale": attention.scaling,
         "eps": config.rms_norm_eps,
+    }  # fmt: skip
+
+
+def _entries(writer: StepWriter, layer: int) -> dict[str, Any]:
+    """Where the layer's keys and values lie."""
+    buffers = writer.layers
+    keys, values, page_BP = buffers.keys[layer], buffers.values[layer], buffers.page_BP
+    told = {"keys": keys, "values": values}
+    if page_BP is None:
+        return told | {"capacity": keys.shape[2]}
+    page, entry, head, _ = keys.stride()
+    shift = keys.shape[1].bit_length() - 1
+    return told | {
+        "pages": page_BP, "page_columns": page_BP.shape[1], "page_shift": shift, "page_stride": page,
+        "entry_stride": entry, "head_stride": head,
     }  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def _decision(writer: StepWriter, layer: FBSLayer, behind: bool, held_bytes: int
     call = make_call(
         "decide", held_bytes + gate_bytes(writer, layer), front=front, front_stride=front.stride(0), weights=weights,
         hidden_width=gate.hidden.out_features, clip=gate.clip, motion_B2=gates.motion_B2,
-        sampled=int(writer.sampled), consensus=int(writer.together), tau_B=gates.tau_B, seed_B2=gates.seed_B2,
+        sampled=int(writer.sampled), consensus=int(writer.together), tau_B=writer.bar_B(leader), seed_B2=gates.seed_B2,
         position_B=writer.tokens.position_B, leader=leader, members=len(block), free_mask=mask,
         skip_LB=gates.skip_LB, stay_LB=gates.stay_LB, layers=config.layer_count, step=writer.tokens.step,
         trace_steps=len(gates.prob_TLB), prob_trace=gates.prob_TLB, skip_trace=gates.skip_TLB, held_bytes=held_bytes,

@@ -22,21 +22,9 @@ import torch
 from torch import Tensor
 
 from fbs_rl.decode.cuda_launcher import CudaLauncher, Launcher
-from fbs_rl.decode.front_rows import FrontRows
-from fbs_rl.decode.gate_rows import GateRows
-from fbs_rl.decode.kernel_source import KernelShape
-from fbs_rl.decode.layer_calls import write_advance, write_step
-from fbs_rl.decode.program import Program
 from fbs_rl.decode.prompt_graph import PromptGraph
-from fbs_rl.decode.step_buffers import (
-    ChunkBuffers,
-    GateBuffers,
-    LayerBuffers,
-    PreviewBuffers,
-    Room,
-    TokenBuffers,
-)
-from fbs_rl.decode.step_writer import StepWriter
+from fbs_rl.decode.step_buffers import ChunkBuffers
+from fbs_rl.decode.step_program import StepOptions, StepProgram, copy_weights, kernel_shape
 from fbs_rl.decode.supported import check_supported
 from fbs_rl.model.kv_cache import FBSCache
 from fbs_rl.model.modeling import FBSForCausalLM
@@ -100,16 +88,14 @@ class GraphDecoder:
         self.model, self.rows, self.tokens, self.sampler = model, rows, tokens, sampler
         self.shape = kernel_shape(model, rows)
         self.launcher = CudaLauncher(self.shape) if launcher is None else launcher
-        self.writer = _make_writer(
-            model, self.shape, self.launcher, self.mode, rows_decide, tokens, never_skip
-        )
+        options = StepOptions(
+            tokens, tokens, gates_act=self.mode is not GateMode.DENSE, sampled=self.mode is GateMode.SAMPLE,
+            together=rows_decide is RowsDecide.TOGETHER, picks=sampler is None, never_skip=never_skip,
+        )  # fmt: skip
+        made = StepProgram.of(model, self.shape, self.launcher, options)
+        self.writer, self.program, self._to_logits = made.writer, made.program, made.to_logits
         self._prompts: dict[int, PromptGraph] = {}
-        self.refresh_weights()
-        write_step(self.writer)
-        self._to_logits = len(self.writer.calls)
-        write_advance(self.writer, picks=sampler is None)
-        device, blocks = self.launcher.device, self.launcher.multiprocessors
-        self.program = Program.of(self.writer.calls, self.shape, blocks, device)
+        device = self.launcher.device
         self.prompt_tokens, self.taken, self._graph = 0, 0, None
         self._start_B = torch.zeros(rows, dtype=torch.long)
         if device.type == "cuda":
@@ -119,14 +105,7 @@ class GraphDecoder:
     def refresh_weights(self) -> None:
         """Follow a change of the model's weights in place; the graph of a step stays as it is, those of prompts, which
         read what the model keeps of its weights, are captured anew."""
-        gates_act = bool(self.writer.free)
-        for layer in self.model.model.fbs_layers():
-            if layer.index in self.writer.fronts:
-                self.writer.fronts[layer.index].copy(self.model, layer, gates_act)
-            if layer.skip_gate is not None and layer.index in self.writer.gate_rows:
-                self.writer.gate_rows[layer.index].copy(layer.skip_gate)
-        if self.writer.previews is not None:
-            self.writer.previews.copy_weights(self.model)
+        copy_weights(self.writer)
         self._capture_prompts(self._prompts)
 
     def _capture_prompts(self, lengths: Collection[int]) -> None:
@@ -336,46 +315,3 @@ def _copy_chunks(cache: FBSCache, chunks: ChunkBuffers) -> None:
         keys.copy_(reader.key_BCW)
         values.copy_(reader.value_BCW)
         sum_Bd.copy_(reader.open_sum_Bd)
-
-
-def kernel_shape(model: FBSForCausalLM, rows: int) -> KernelShape:
-    """What the kernels for this model and batch are compiled for."""
-    config = model.config
-    assert config.head_dim is not None and config.num_key_value_heads is not None
-    group = config.num_attention_heads // config.num_key_value_heads
-    return KernelShape(rows, model.dtype == torch.bfloat16, config.head_dim, group)
-
-
-def _make_writer(
-    model: FBSForCausalLM, shape: KernelShape, launcher: Launcher, mode: GateMode, rows_decide: RowsDecide,
-    tokens: int, never_skip: Sequence[int],
-) -> StepWriter:  # fmt: skip
-    config, room = model.config, Room(shape.rows, tokens, tokens, launcher.device, model.dtype)
-    gates_act = mode is not GateMode.DENSE
-    free = frozenset(range(config.layer_count)) - config.forced_layers(never_skip)
-    free = free if gates_act else frozenset()
-    fronts, gate_rows = {}, {}
-    for layer in model.model.fbs_layers():
-        if free and layer.skip_gate is not None:
-            gate_rows[layer.index] = GateRows.of(layer.skip_gate)
-        front = FrontRows.of(model, layer, gates_act=bool(free))
-        if front is not None:
-            fronts[layer.index] = front
-    widest = max((front.width for front in fronts.values()), default=0)
-    return StepWriter(
-        model=model,
-        shape=shape,
-        multiprocessors=launcher.multiprocessors,
-        free=free,
-        sampled=mode is GateMode.SAMPLE,
-        together=rows_decide is RowsDecide.TOGETHER,
-        fronts=fronts,
-        gate_rows=gate_rows,
-        tokens=TokenBuffers.empty(room, config, launcher.multiprocessors),
-        layers=LayerBuffers.empty(room, model, widest, launcher.multiprocessors),
-        gates=GateBuffers.empty(room, config),
-        previews=PreviewBuffers.empty(room, config, launcher.multiprocessors)
-        if config.paw
-        else None,
-        chunks=ChunkBuffers.empty(room, config) if config.chunk else None,
-    )

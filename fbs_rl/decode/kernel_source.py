@@ -31,13 +31,15 @@ MOST_ROWS = 16
 class KernelShape:
     """What is fixed when the kernels are compiled.
 
-    rows: of a batch. bf16: numbers are bfloat16, else float32. query_group: query heads a key head.
+    rows: of a batch. bf16: numbers are bfloat16, else float32. query_group: query heads a key head. paged: a row's
+    keys and values lie in pages, else behind each other.
     """
 
     rows: int
     bf16: bool
     head_dim: int
     query_group: int
+    paged: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= MOST_ROWS:
@@ -82,6 +84,7 @@ class KernelShape:
             "BF16": int(self.bf16),
             "HEAD_DIM": self.head_dim,
             "QUERY_GROUP": self.query_group,
+            "PAGED": int(self.paged),
             "OUT_ROWS": self.out_rows,
         }
 

@@ -45,6 +45,16 @@ class Room:
         return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
 
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Entries that somebody else keeps. keys, values: by layer [pages, entries of a page, key heads, D]; page_BP: the
+    pages of each row, in their order."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    page_BP: Tensor
+
+
 @dataclass(slots=True)
 class TokenBuffers:
     """token_B is fed next, at position_B. forced_steps: so many steps take their token from forced_TB."""
@@ -81,7 +91,8 @@ class LayerBuffers:
     attention. side_BX: queries, keys, values and what the front product makes, in turns: a layer that is skipped
     leaves its entry while the next one begins. front_at: where the last of these lies.
 
-    keys, values: per layer [B, key heads, S, D]. length_LBG: entries, where skipped tokens leave none; else None.
+    keys, values: per layer [B, key heads, S, D], or where page_BP is not None as Pages has them. length_LBG: entries,
+    where skipped tokens leave none; else None.
     """
 
     state: tuple[Tensor, Tensor, Tensor]
@@ -93,6 +104,7 @@ class LayerBuffers:
     active_BI: Tensor
     keys: list[Tensor]
     values: list[Tensor]
+    page_BP: Tensor | None
     length_LBG: Tensor | None
     cos_SD: Tensor
     sin_SD: Tensor
@@ -103,7 +115,14 @@ class LayerBuffers:
     qkv_bias: dict[int, Tensor]
 
     @classmethod
-    def empty(cls, room: Room, model: FBSForCausalLM, front: int, multiprocessors: int) -> LayerBuffers:  # fmt: skip
+    def empty(
+        cls,
+        room: Room,
+        model: FBSForCausalLM,
+        front: int,
+        multiprocessors: int,
+        pages: Pages | None,
+    ) -> LayerBuffers:
         config, rows = model.config, room.rows
         assert config.head_dim is not None and config.num_key_value_heads is not None
         hidden, groups, size = config.hidden_size, config.num_key_value_heads, config.head_dim
@@ -126,8 +145,9 @@ class LayerBuffers:
             front_at=front_at,
             attended_BX=room.numbers(rows, heads * size),
             active_BI=room.numbers(rows, config.intermediate_size),
-            keys=[room.numbers(*cache) for _ in range(layers)],
-            values=[room.numbers(*cache) for _ in range(layers)],
+            keys=pages.keys if pages else [room.numbers(*cache) for _ in range(layers)],
+            values=pages.values if pages else [room.numbers(*cache) for _ in range(layers)],
+            page_BP=pages.page_BP if pages else None,
             length_LBG=room.integers(layers, rows, groups) if noop else None,
             cos_SD=cos[0].contiguous(),
             sin_SD=sin[0].contiguous(),
@@ -165,8 +185,8 @@ def _attention_splits(heads: int, tokens: int, multiprocessors: int) -> int:
 class GateBuffers:
     """Decisions of the step and of the steps before it: of layers that share one, at the first of them. stay_LB: 1
     where a row does not skip. guess_LB: 1 in all rows of a layer that all of them skipped at the token before, or skip
-    now, where gates decide a layer ahead; doubt_LB: the other way round. unwanted_B: ones. seed_B2: low and high word
-    of each row's seed."""
+    now, where gates decide a layer ahead; doubt_LB: the other way round. unwanted_B: ones. bar_LB: what a layer's
+    probability has to reach, instead of tau_B. seed_B2: low and high word of each row's seed."""
 
     skip_LB: Tensor
     stay_LB: Tensor
@@ -178,9 +198,10 @@ class GateBuffers:
     seed_B2: Tensor
     prob_TLB: Tensor
     skip_TLB: Tensor
+    bar_LB: Tensor | None
 
     @classmethod
-    def empty(cls, room: Room, config: FBSConfig) -> GateBuffers:
+    def empty(cls, room: Room, config: FBSConfig, bars: bool) -> GateBuffers:
         layers, rows = config.layer_count, room.rows
         return cls(
             room.integers(layers, rows),
@@ -193,6 +214,7 @@ class GateBuffers:
             room.integers(rows, 2),
             room.floats(room.steps, layers, rows),
             room.bytes(room.steps, layers, rows),
+            room.floats(layers, rows) if bars else None,
         )
 
 

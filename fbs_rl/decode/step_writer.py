@@ -92,6 +92,10 @@ class StepWriter:
         """Whether it is known before a layer begins who skips it."""
         return bool(self.free) and self.model.config.gate_ahead > 0
 
+    def bar_B(self, leader: int) -> Tensor:
+        """What the probability of the layers behind this one's decision has to reach [B]."""
+        return self.gates.tau_B if self.gates.bar_LB is None else self.gates.bar_LB[leader]
+
     def guess_B(self, layer: int) -> Tensor | None:
         """Flags, 1 in all rows if all are taken to skip the layer; None if nobody can. Where decisions are ahead of
         their layers, they say what is."""

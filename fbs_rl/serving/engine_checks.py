@@ -14,6 +14,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from fbs_rl.decode.cuda_launcher import check_cuda
 from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.serving.admission import Admission, admission_check, check_prompts
 from fbs_rl.serving.graph_branches import check_bindings
@@ -26,6 +27,7 @@ WORKER = "fbs_rl.serving.worker.FBSWorker"
 EXTENSION = "fbs_rl.serving.http_calls.FBSHttpExtension"
 _CALLS = "fbs_rl.serving.runner.FBSWorkerExtension"  # what any extension must have
 SCHEDULER = "fbs_rl.serving.scheduler.FBSScheduler"
+AHEAD = "fbs_rl.serving.scheduler.FBSAsyncScheduler"
 _SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _PLAIN_CACHES = ("auto", "bfloat16", "float16", "float32")
 
@@ -84,20 +86,30 @@ def _unsupported(vllm_config: Any) -> Iterator[tuple[str, str]]:
         ("fast prefill of shared caches", getattr(cache, "kv_sharing_fast_prefill", False), foreign),
         ("pooling", model.runner_type != "generate", "gates act on generated tokens"),
         ("prompts as embeddings", getattr(model, "enable_prompt_embeds", False), "no test covers them"),
-        ("asynchronous scheduling", scheduler.async_scheduling, "a step is planned from the tokens before it"),
+        (
+            "asynchronous scheduling", scheduler.async_scheduling and not _in_kernels(vllm_config),
+            "a step waits for the decisions of the one before it, but under decode_path=kernel"
+        ),
         (f"{_SECOND_RUNNER}=1", envs.VLLM_USE_V2_MODEL_RUNNER, "it runs on vLLM's first model runner"),
     ]  # fmt: skip
     return ((name, reason) for name, given, reason in rules if given)
 
 
+def _in_kernels(vllm_config: Any) -> bool:
+    return ServingSettings.of(vllm_config).decode_path == "kernel"
+
+
 def _refuse_graphs(settings: ServingSettings) -> None:
-    """Raise ValueError, in one sentence, where the plugin's CUDA graphs cannot be."""
-    if settings.graphs == "none":
-        return
-    if not current_platform.is_cuda():
-        raise ValueError(
-            f"fbs.graphs is {settings.graphs!r}, but vLLM runs on {current_platform.device_type} here; leave it out"
-        )
+    """Raise ValueError, in one sentence, where the plugin's CUDA graphs or kernels cannot be."""
+    asked = {"graphs": settings.graphs != "none", "decode_path": settings.decode_path == "kernel"}
+    for name in (name for name, wanted in asked.items() if wanted):
+        if not current_platform.is_cuda():
+            raise ValueError(
+                f"fbs.{name} is {getattr(settings, name)!r}, but vLLM runs on {current_platform.device_type} here; "
+                f"leave it out"
+            )
+    if settings.decode_path == "kernel":
+        check_cuda()
     if settings.graphs == "branches":
         check_bindings()
 
@@ -111,16 +123,18 @@ def _refuse_foreign_classes(vllm_config: Any) -> None:
         )
     given = {
         "worker_extension_cls": (parallel.worker_extension_cls, _CALLS),
-        "scheduler_cls": (scheduler.scheduler_cls, SCHEDULER),
-    }
+        "scheduler_cls": (scheduler.scheduler_cls, AHEAD if scheduler.async_scheduling else SCHEDULER),
+    }  # fmt: skip
     for name, (value, needed) in given.items():
-        if not value:
-            continue
-        found = resolve_obj_by_qualname(value) if isinstance(value, str) else value
-        if not issubclass(found, resolve_obj_by_qualname(needed)):
+        if value and not _derives(value, needed):
             raise ValueError(
                 f"{name} is {value}, but an FBS model needs its own; derive yours from {needed}"
             )
+
+
+def _derives(given: Any, needed: str) -> bool:
+    found = resolve_obj_by_qualname(given) if isinstance(given, str) else given
+    return issubclass(found, resolve_obj_by_qualname(needed))
 
 
 @functools.cache  # once in a process
@@ -161,9 +175,10 @@ def adjust(vllm_config: Any) -> None:
     _choose_runner(vllm_config)
     parallel.worker_cls = WORKER
     parallel.worker_extension_cls = parallel.worker_extension_cls or EXTENSION
-    scheduler.scheduler_cls = scheduler.scheduler_cls or SCHEDULER
-    # What the model may do in a step is planned on the host, from tokens that are known there.
-    scheduler.async_scheduling = False
+    scheduler.async_scheduling = _may_be_ahead(vllm_config)
+    scheduler.scheduler_cls = scheduler.scheduler_cls or (
+        AHEAD if scheduler.async_scheduling else SCHEDULER
+    )
     vllm_config.compilation_config.mode = CompilationMode.NONE
     # vLLM's graphs would hold the decisions of the step that they were captured in; decode_graphs has the plugin's own.
     vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
@@ -180,6 +195,18 @@ def adjust(vllm_config: Any) -> None:
             settings.decode_path, "" if settings.graphs == "none" else f" in CUDA graphs ({settings.graphs})",
             settings.batch, config.gates, config.tau,
         )  # fmt: skip
+
+
+def _may_be_ahead(vllm_config: Any) -> bool:
+    """Whether a step may be prepared while the one in front runs, as vLLM does where nobody says otherwise. What the
+    other ways of decoding may do in a step is planned on the host, from decisions that must be known there."""
+    scheduler = vllm_config.scheduler_config
+    own = scheduler.scheduler_cls
+    return (
+        _in_kernels(vllm_config)
+        and scheduler.async_scheduling is not False
+        and (not own or _derives(own, AHEAD))
+    )
 
 
 def _choose_runner(vllm_config: Any) -> None:

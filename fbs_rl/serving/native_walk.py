@@ -19,7 +19,7 @@ from fbs_rl.model.native.library import native_library
 from fbs_rl.model.native.weights import NativeWeights, is_supported
 from fbs_rl.model.native_step import MOST_ROWS, entry_point, threads_for
 from fbs_rl.serving.paged_attention import PagedBatch, cache_of, keeps_columns
-from fbs_rl.serving.served_layer import ServedLayer
+from fbs_rl.serving.served_layer import ServedLayer, raw_weights
 from fbs_rl.serving.step_plan import StepPlan, StepReport
 from fbs_rl.types import KVPolicy
 
@@ -39,7 +39,7 @@ class NativeWalk:
         embedding: Any = model.embed_tokens.weight
         self.dtype = embedding.dtype
         self.entry = entry_point(library, self.dtype)
-        self.held = [_raw_weights(layer) for layer in self.layers]
+        self.held = [raw_weights(layer) for layer in self.layers]
         self.weights = NativeWeights(
             config,
             ((layer, _parts(layer, raw)) for layer, raw in zip(self.layers, self.held, strict=True)),
@@ -154,20 +154,6 @@ def _report(held: dict[str, Any], before: dict[str, Tensor]) -> StepReport:
     return StepReport(
         skip_LN, held["prob"].numpy(), closes, closed, entered, len(skip_LN) - entered
     )
-
-
-def _raw_weights(layer: ServedLayer) -> dict[str, Tensor]:
-    """The layer's matrices as they were loaded, by their names in the layer."""
-    attention, mlp = layer.self_attn, layer.mlp
-    modules: dict[str, Any] = {
-        "qkv": attention.qkv_proj, "out": attention.o_proj, "gate_up": mlp.gate_up_proj, "down": mlp.down_proj,
-    }  # fmt: skip
-    found: dict[str, Tensor] = {}
-    for name, module in modules.items():
-        found[name] = module.weight.data
-        if getattr(module, "bias", None) is not None:
-            found[f"{name}_bias"] = module.bias.data
-    return found
 
 
 def _parts(layer: ServedLayer, raw: dict[str, Tensor]) -> dict[str, Any]:

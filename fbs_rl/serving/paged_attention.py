@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 
+from fbs_rl.serving.step_plan import StepPlan
+
 
 @dataclass(slots=True)
 class PagedBatch:
@@ -40,21 +42,17 @@ class PagedBatch:
     _made: dict[tuple[bytes, bytes, bytes], Any] = field(default_factory=dict)
 
     @classmethod
-    def current(cls, attention: Any, page: int) -> PagedBatch | None:
-        """The step that vLLM's forward context describes; None in a profiling run, which has no cache."""
+    def current(cls, attention: Any, page: int, plan: StepPlan | None) -> PagedBatch | None:
+        """The step that vLLM's forward context describes; None in a profiling run, which has no cache. plan: of the
+        step, whose lengths are known without a look at the device."""
         context = get_forward_context()
         table: Any = context.attn_metadata
         if not isinstance(table, dict):
             return None
         base = table[attention.layer_name]
-        starts = _host(base.query_start_loc)
-        requests = len(starts) - 1
-        length_R = np.diff(starts).astype(np.int64)
-        before_R = _host(base.seq_lens)[:requests].astype(np.int64) - length_R
-        return cls(
-            base, length_R, before_R, base.slot_mapping[: int(length_R.sum())], base.block_table,
-            page, attention,
-        )  # fmt: skip
+        assert plan is not None, "a step must come through the FBS runner"
+        slot_N = base.slot_mapping[: int(plan.length_R.sum())]
+        return cls(base, plan.length_R, plan.before_R, slot_N, base.block_table, page, attention)
 
     def fixed(self, longest: int) -> PagedBatch:
         """This decode step in memory of its own, with metadata that hold for any lengths up to `longest`."""
@@ -203,10 +201,6 @@ def cache_of(attention: Any) -> Tensor:
     """The layer's pages."""
     cache = attention.kv_cache
     return cache[0] if isinstance(cache, list) else cache  # 0.26: one for each pipeline stage
-
-
-def _host(tensor: Tensor) -> np.ndarray:
-    return tensor.cpu().numpy()
 
 
 def _known(function: Any, **arguments: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class FBSRunnerMixin:
         """Called once for each real step, right around the model; profiling runs call the model itself."""
         runner: Any = self
         model, parent = runner.get_model().model, super()
+        runner.fbs.settle(wait=False)
         model.plan = runner.fbs.plan(_scheduled(runner))
         try:
             out = parent._model_forward(*args, **kwargs)  # pyright: ignore
@@ -81,16 +82,24 @@ def _scheduled(runner: Any) -> list[Scheduled]:
         prompt = int(batch.num_prompt_tokens[index])
         ids = batch.token_ids_cpu[index]
         request = runner.requests[request_id]
+        tokens = ids[first : first + count].tolist()
+        if tokens[-1] < 0 and runner.fbs.reads_tokens(request_id):
+            tokens[-1] = _drawn(batch, request_id)
         found.append(
             Scheduled(
                 request_id,
                 first,
-                ids[first : first + count].tolist(),
+                tokens,
                 ids[:prompt],
                 request.sampling_params.extra_args,
             )
         )
     return found
+
+
+def _drawn(batch: Any, request_id: str) -> int:
+    """The token that the step in front drew, if vLLM has not asked for it yet; waits for it."""
+    return int(batch.prev_sampled_token_ids[batch.prev_req_id_to_index[request_id], 0])
 
 
 def _decoder(vllm_config: Any) -> Callable[[list[int]], str] | None:

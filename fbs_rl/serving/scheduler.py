@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 
-class FBSScheduler(Scheduler):
+class _PromptBlocks:
     """Enters no block into the prefix cache that holds tokens at which gates may act."""
+
+    kv_cache_manager: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -28,7 +31,16 @@ class FBSScheduler(Scheduler):
         if dense_tokens(request) < request.num_prompt_tokens:
             # Its prompt skips, so it may not start from blocks of one that did not.
             request.skip_reading_prefix_cache = True
-        super().add_request(request)
+        parent: Any = super()
+        parent.add_request(request)
+
+
+class FBSScheduler(_PromptBlocks, Scheduler):
+    """Of steps that wait for each other."""
+
+
+class FBSAsyncScheduler(_PromptBlocks, AsyncScheduler):
+    """Of steps that are prepared while the one in front runs."""
 
 
 def dense_tokens(request: Any) -> int:

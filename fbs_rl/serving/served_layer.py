@@ -162,3 +162,17 @@ class ServedLayer(nn.Module):
         state_Nd = state_Nd + self.self_attn.o_proj(attended_NX)[0]
         gate_up_NX = self.mlp.gate_up_proj(self.post_attention_layernorm(state_Nd))[0]
         return state_Nd + self.mlp.down_proj(silu_and_multiply(gate_up_NX))[0]
+
+
+def raw_weights(layer: ServedLayer) -> dict[str, Tensor]:
+    """The layer's matrices as they were loaded, by their names in the layer."""
+    attention, mlp = layer.self_attn, layer.mlp
+    modules: dict[str, Any] = {
+        "qkv": attention.qkv_proj, "out": attention.o_proj, "gate_up": mlp.gate_up_proj, "down": mlp.down_proj,
+    }  # fmt: skip
+    found: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        found[name] = module.weight.data
+        if getattr(module, "bias", None) is not None:
+            found[f"{name}_bias"] = module.bias.data
+    return found

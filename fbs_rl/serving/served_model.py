@@ -30,12 +30,14 @@ from fbs_rl.serving.chunk_rows import ChunkReading, ChunkRows, ChunkStep, FixedC
 from fbs_rl.serving.compact_walk import CompactWalk
 from fbs_rl.serving.decode_graphs import CudaRecorder, DecodeGraphs
 from fbs_rl.serving.graph_branches import ConditionalNodes
+from fbs_rl.serving.kernel_steps import KernelSteps, pages_of
 from fbs_rl.serving.masked_walk import Always, Branches, FixedStep, MaskedWalk
 from fbs_rl.serving.native_walk import NativeWalk
 from fbs_rl.serving.paged_attention import PagedBatch
 from fbs_rl.serving.served_layer import Norm, ServedLayer, rms_norm
+from fbs_rl.serving.served_view import view_of
 from fbs_rl.serving.serving_settings import ServingSettings
-from fbs_rl.serving.step_plan import StepPlan, StepReport
+from fbs_rl.serving.step_plan import Reported, StepPlan, StepReport
 from fbs_rl.types import KVPolicy
 
 _GRAPH_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")  # whose metadata say nothing but lengths and pages
@@ -73,10 +75,13 @@ class ServedModel(nn.Module):
         self.chunk_rows = ChunkRows(config, dtype, device) if config.chunk else None
         self.entries = np.zeros((config.layer_count, 0), np.int64)  # per layer and request row
         self.plan: StepPlan | None = None  # set by the runner around each real step
-        self.report: StepReport | None = None
+        self.report: Reported | None = None
         self.native: NativeWalk | None = None  # set once weights are there
         self.branches: Branches = Always()
         self.graphs: DecodeGraphs | None = None
+        self.kernels: KernelSteps | None = None  # set once weights and pages are there
+        self.logits_RV: Tensor | None = None  # of the step, where it made them itself
+        self.longest = vllm_config.model_config.max_model_len
         self.rows_at_once = 0  # for which there is memory from the start
         if self.settings.graphs != "none":
             self._prepare_graphs(vllm_config, dtype)
@@ -90,8 +95,7 @@ class ServedModel(nn.Module):
             )
         if self.settings.graphs == "branches":
             self.branches = ConditionalNodes(dtype)
-        longest = vllm_config.model_config.max_model_len
-        self.graphs = DecodeGraphs(self, longest, CudaRecorder(), self.branches)
+        self.graphs = DecodeGraphs(self, self.longest, CudaRecorder(), self.branches)
         self.rows_at_once = vllm_config.scheduler_config.max_num_seqs
 
     def served_layers(self) -> Iterator[ServedLayer]:
@@ -101,39 +105,50 @@ class ServedModel(nn.Module):
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:  # fmt: skip
         """Final normed states [N, d] of the step's tokens, padding included."""
-        batch = PagedBatch.current(self.layers[0].self_attn.attn, self.page)  # pyright: ignore
+        attention: Any = self.layers[0].self_attn
+        batch = PagedBatch.current(attention.attn, self.page, self.plan)
         if batch is None:
             state = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             return self.norm(self._without_cache(state, positions))
         plan, tokens = self.plan, len(batch.slot_N)
-        assert plan is not None, "a step must come through the FBS runner"
+        assert plan is not None
         assert input_ids is not None, "prompts as embeddings are refused"
+        kernels = self.kernels
+        if kernels is not None and not kernels.takes(plan, batch):
+            kernels.leave()
+            kernels = None
         self._restart(plan, batch)
-        found = self._walk(input_ids[:tokens], positions[:tokens], plan, batch)
+        found = self._walk(input_ids[:tokens], positions[:tokens], plan, batch, kernels)
         if tokens < len(positions):
             padding = found.new_zeros(len(positions) - tokens, found.shape[1])
             found = torch.cat((found, padding))
         return found
 
-    def _walk(self, id_N: Tensor, position_N: Tensor, plan: StepPlan, batch: PagedBatch) -> Tensor:
-        """Final normed states of a step's tokens, by the way that suits it; leaves its report."""
+    def _walk(
+        self, id_N: Tensor, position_N: Tensor, plan: StepPlan, batch: PagedBatch, kernels: KernelSteps | None
+    ) -> Tensor:  # fmt: skip
+        """Final normed states of a step's tokens, by the way that suits it; leaves its report. kernels: which take it;
+        they leave logits too, and the states as they were before the norm."""
+        if kernels is not None:
+            found_Nd, self.logits_RV, self.report = kernels.run(id_N, position_N, plan, batch)
+            self.entries[:, plan.row_R] += 1  # under `noop` the kernels count for themselves
+            return found_Nd
         entry_LR = self.entries[:, plan.row_R]
         if self._has_graph(plan, batch):
             assert self.graphs is not None
-            found_Nd, self.report = self.graphs.run(id_N, position_N, plan, batch, entry_LR)
-            self._count_entries(plan, self.report)
+            found_Nd, report = self.graphs.run(id_N, position_N, plan, batch, entry_LR)
+            self._keep(plan, report)
             return found_Nd
         state_Nd = self.embed_tokens(id_N)
         if self.native is not None and self.native.takes(plan, batch):
-            found_Nd, self.report = self.native.run(state_Nd, position_N, plan, batch, entry_LR)
-            self._count_entries(plan, self.report)
+            found_Nd, report = self.native.run(state_Nd, position_N, plan, batch, entry_LR)
+            self._keep(plan, report)
             return self.norm(found_Nd)
         if self.settings.masked and batch.decodes and plan.asks:
             step = FixedStep.of(plan, entry_LR, id_N.device)
             walk = MaskedWalk(self, step, batch, position_N, self.branches)
             state_Nd, found = walk.run(state_Nd)
-            self.report = found.report()
-            self._count_entries(plan, self.report)
+            self._keep(plan, found.report())
         else:
             walk = CompactWalk(self, plan, batch, position_N, entry_LR)
             state_Nd, self.report = walk.run(state_Nd)
@@ -144,15 +159,18 @@ class ServedModel(nn.Module):
         """Graphs are for steps that decode and whose gates are asked, or that nobody can skip a layer of."""
         if self.graphs is None or not batch.decodes or len(plan.row_R) > self.settings.graph_rows:
             return False
-        return plan.asks or plan.bar_LN is None
+        return plan.asks or plan.bars_LN is None
 
-    def _count_entries(self, plan: StepPlan, report: StepReport) -> None:
-        """Of a step of one token each: under `project` every token leaves an entry in every layer."""
+    def _keep(self, plan: StepPlan, report: StepReport) -> None:
+        """The report of a step of one token each; under `project` every token leaves an entry in every layer."""
+        self.report = report
         projects = self.config.kv_on_skip == KVPolicy.PROJECT
         self.entries[:, plan.row_R] += 1 if projects else ~report.skip_LN
 
     def _restart(self, plan: StepPlan, batch: PagedBatch) -> None:
         """Memory for the step's requests; those that begin have what lies in the cache before their tokens."""
+        if plan.restart_R.any() and self.kernels is not None:
+            self.kernels.leave()
         rows = int(plan.row_R.max()) + 1
         if rows > self.entries.shape[1]:
             added = np.zeros((len(self.entries), max(rows, 8)), np.int64)
@@ -240,6 +258,14 @@ class ServedModel(nn.Module):
             injected = injected + reader.read(index)
         return injected
 
+    @torch.inference_mode(False)  # so that new weights can be copied outside of it, too
+    @torch.no_grad()
+    def prepare(self, head_Vd: Tensor) -> None:
+        """What needs weights and pages: the kernels of decode steps, if they are asked for."""
+        if self.settings.decode_path == "kernel":
+            self.kernels = KernelSteps(self, view_of(self, head_Vd), self.longest)
+            self.kernels.prepare(pages_of(self))
+
     def forget_derived(self) -> None:
         """Drop what is kept of weights between calls, after they changed."""
         if self.graphs is not None:
@@ -276,6 +302,9 @@ class FBSForCausalLM(nn.Module):
         return self.model(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        made, self.model.logits_RV = self.model.logits_RV, None
+        if made is not None:
+            return made
         if self.model.native is not None:
             head: Any = self.lm_head.weight
             made = product_of_few_rows(head[: self.config.vocab_size], None, hidden_states)
@@ -325,5 +354,8 @@ class FBSForCausalLM(nn.Module):
         named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         apply_bundle(named, bundle)
         # Nothing is derived from gates, and graphs read them where they are.
-        if any(".skip_gate." not in name for name in bundle.tensors):
+        previews = any(".skip_gate." not in name for name in bundle.tensors)
+        if previews:
             self.model.forget_derived()
+        if self.model.kernels is not None:
+            self.model.kernels.copy_weights(previews)

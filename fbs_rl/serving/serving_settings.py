@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fbs_rl.decode.kernel_source import MOST_ROWS
+
 
 @dataclass(frozen=True, slots=True)
 class ServingSettings:
-    """decode_path: "compact" drops rows that skip, "masked" has fixed shapes and no host decisions.
+    """decode_path: "compact" drops rows that skip, "masked" has fixed shapes and no host decisions; "kernel" (CUDA):
+    decode steps of up to the most of kernel_rows rows are one launch of the graph decoder's kernel, other steps as
+    under "compact". kernel_rows: numbers of rows that a kernel is compiled for; what is between takes the next one.
 
     graphs (CUDA, with "masked"): "none"; "full": decode steps of up to graph_rows rows are CUDA graphs;
     "branches": graphs with an IF node a layer, which is not read where all rows skip it.
@@ -24,6 +28,7 @@ class ServingSettings:
     decode_path: str = "compact"
     graphs: str = "none"
     graph_rows: int = 16
+    kernel_rows: tuple[int, ...] = (1, 2, 4, 8)
     batch: str = "independent"
     native_gib: float = 8.0
     trace_bytes: int = 256 << 20
@@ -31,12 +36,17 @@ class ServingSettings:
     stats_file: str = ""
 
     def __post_init__(self) -> None:
-        _choose("decode_path", self.decode_path, ("compact", "masked"))
+        _choose("decode_path", self.decode_path, ("compact", "masked", "kernel"))
         _choose("batch", self.batch, ("independent", "consensus"))
         _choose("graphs", self.graphs, ("none", "full", "branches"))
         for name in ("graph_rows", "trace_bytes", "trace_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"fbs.{name} is {getattr(self, name)}; give more than 0")
+        rows = tuple(self.kernel_rows)
+        if not rows or not all(isinstance(r, int) and 1 <= r <= MOST_ROWS for r in rows):
+            raise ValueError(
+                f"fbs.kernel_rows is {list(rows)}; give numbers of rows from 1 to {MOST_ROWS}, as in [1, 4]"
+            )
         if not self.native_gib >= 0:
             raise ValueError(f"fbs.native_gib is {self.native_gib}; give 0 or more")
         if self.graphs != "none" and not self.masked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from fbs_rl.model.configuration import FBSConfig
 from fbs_rl.serving.request_options import RequestOptions
 from fbs_rl.serving.serving_settings import ServingSettings
 from fbs_rl.serving.session import Session
-from fbs_rl.serving.step_plan import StepPlan, StepReport
+from fbs_rl.serving.step_plan import Reported, StepPlan, StepReport
 from fbs_rl.serving.step_stats import StepStats
 from fbs_rl.serving.trace_store import TraceStore
 from fbs_rl.types import GateMode
@@ -25,7 +26,8 @@ from fbs_rl.types import GateMode
 class Scheduled:
     """The tokens of one request in a step: `tokens` fed from position `first` on, of a prompt of prompt_tokens.
 
-    extra_args: of its SamplingParams. prompt_ids: of the prompt.
+    The last of them is -1 where it is not known on the host yet and reads_tokens() is false. extra_args: of its
+    SamplingParams. prompt_ids: of the prompt.
     """
 
     request_id: str
@@ -35,13 +37,23 @@ class Scheduled:
     extra_args: dict[str, Any] | None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Columns:
-    """Which of a step's tokens become columns of a request's trace."""
+    """Which of a step's tokens become columns of a request's trace. protected: their kinds."""
 
     session: Session
     first: int
     count: int
+    protected: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What a step's report is needed for. version: of the gates that it went by."""
+
+    columns: list[_Columns]
+    replayed: int
+    version: int
 
 
 class Sessions:
@@ -57,8 +69,8 @@ class Sessions:
         self.version = 0
         self._sessions: dict[str, Session] = {}
         self._free_rows: list[int] = []
-        self._recorded: list[_Columns] = []
-        self._replayed = 0
+        self._planned = _Planned([], 0, 0)
+        self._waiting: deque[tuple[_Planned, Reported]] = deque()
 
     # --- before a step ----------------------------------------------------------------------------
 
@@ -67,22 +79,28 @@ class Sessions:
         sessions = [self._session(item) for item in scheduled]
         pairs = list(zip(scheduled, sessions, strict=True))
         restart = [item.first != session.reached for item, session in pairs]
-        self._recorded, self._replayed = [], 0
+        columns: list[_Columns] = []
         bars, asks, replays = [], False, False
-        offset = 0
+        offset = replayed = 0
         for item, session in pairs:
-            bar_Ln, new = self._bars(session, item)
+            bar_Ln, again, new = self._bars(session, item)
+            replayed += again
             replays |= bool(np.isneginf(bar_Ln).any())
             asks |= bool(np.isfinite(bar_Ln).any())
             if new:
                 first = offset + len(item.tokens) - new
-                self._recorded.append(_Columns(session, first, new))
+                columns.append(_Columns(session, first, new, session.protected))
             bars.append(bar_Ln)
             session.reached = item.first + len(item.tokens)
             session.next_position = max(session.next_position, session.reached)
             offset += len(item.tokens)
+        self._planned = _Planned(columns, replayed, self.version)
         rows_R = np.array([session.row for session in sessions])
-        plan = StepPlan(rows_R, np.array(restart))
+        before_R, length_R = (
+            np.array(x, np.int64)
+            for x in zip(*((item.first, len(item.tokens)) for item in scheduled), strict=True)
+        )
+        plan = StepPlan(rows_R, np.array(restart), before_R, length_R, self.device)
         if asks or replays:
             bar_LN = np.concatenate(bars, axis=1)
             # One decision for all is possible only where all decode; else the layer runs for the others anyway.
@@ -90,8 +108,13 @@ class Sessions:
             if self.settings.consensus and not plan.consensus:
                 bar_LN[np.isfinite(bar_LN)] = np.inf
                 asks = False
-            plan.bar_LN, plan.asks = torch.from_numpy(bar_LN).to(self.device), asks
+            plan.bars_LN, plan.asks = bar_LN, asks
         return plan
+
+    def reads_tokens(self, request_id: str) -> bool:
+        """Whether what a request may do depends on the tokens it is fed."""
+        session = self._sessions.get(request_id)
+        return session is not None and session.guard is not None
 
     def _session(self, item: Scheduled) -> Session:
         session = self._sessions.get(item.request_id)
@@ -113,53 +136,65 @@ class Sessions:
             return None
         return StructureGuard.of(self.decode, prompt_ids=[list(item.prompt_ids)[-8:]])
 
-    def _bars(self, session: Session, item: Scheduled) -> tuple[np.ndarray, int]:
-        """Bars of the item's tokens, and how many of them, at its end, are new columns."""
+    def _bars(self, session: Session, item: Scheduled) -> tuple[np.ndarray, int, int]:
+        """Bars of the item's tokens, and how many of them are columns again, and, at its end, new ones."""
         count = len(item.tokens)
         bar_Ln = np.full((self.config.layer_count, count), np.inf, np.float32)
         replayed, new = session.columns(item.first, count)
         if replayed:
+            self.settle()
             column = max(item.first, session.decode_start) - session.decode_start
             skip_nL = self.traces.skips(session.request_id, column, column + replayed)
             stop = count - new
             bar_Ln[:, stop - replayed : stop][skip_nL.T] = -np.inf
             self.traces.note_replay(session.request_id, replayed)
-            self._replayed += replayed
         if new:
             position_n = np.arange(item.first + count - new, item.first + count)
             tokens = list(item.tokens[count - new :])
             bar_Ln[:, count - new :] = session.bars(position_n, tokens, self.config)
-        return bar_Ln, new
+        return bar_Ln, replayed, new
 
     # --- after a step -----------------------------------------------------------------------------
 
-    def keep(self, report: StepReport) -> None:
-        """Add what the planned step did to its requests' traces."""
+    def keep(self, report: Reported) -> None:
+        """Add what the planned step did to its requests' traces, as soon as it is known here."""
+        self._waiting.append((self._planned, report))
+        self.settle(wait=False)
+
+    def settle(self, wait: bool = True) -> None:
+        """Add what is known by now; wait: for all of it."""
+        while self._waiting and (wait or self._waiting[0][1].ready):
+            planned, report = self._waiting.popleft()
+            self._add(planned, report.result())
+
+    def _add(self, planned: _Planned, report: StepReport) -> None:
         columns = skipped = protected = 0
-        for part in self._recorded:
+        for part in planned.columns:
             session, span = part.session, slice(part.first, part.first + part.count)
             shown_nL = (report.prob_LN[:, span] * session.free_L[:, None]).T
             if session.options.mode is GateMode.DENSE:
                 shown_nL = np.zeros_like(shown_nL)
             skip_nL = report.skip_LN[:, span].T
             self.traces.append(
-                session.request_id, skip_nL, shown_nL, self.version,
-                np.array(session.protected, np.uint8),
+                session.request_id, skip_nL, shown_nL, planned.version,
+                np.array(part.protected, np.uint8),
                 None if report.closes_N is None else report.closes_N[span],
                 None if report.chunks_N is None else report.chunks_N[span],
             )  # fmt: skip
             columns += part.count
             skipped += int(skip_nL.sum())
-            protected += sum(kind > 0 for kind in session.protected)
+            protected += sum(kind > 0 for kind in part.protected)
         if self.stats is not None:
             self.stats.add(
                 decode_tokens=columns, decode_layer_tokens=columns * self.config.layer_count,
-                skipped_layer_tokens=skipped, protected_tokens=protected, replayed_tokens=self._replayed,
+                skipped_layer_tokens=skipped, protected_tokens=protected, replayed_tokens=planned.replayed,
                 layers_entered=report.entered, layers_skipped_whole=report.passed_over,
             )  # fmt: skip
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """These requests are over."""
+        if request_ids:
+            self.settle()
         for request_id in request_ids:
             session = self._sessions.pop(request_id, None)
             if session is None:
@@ -176,7 +211,9 @@ class Sessions:
 
     def take(self, keys: Sequence[str] | None) -> list[dict[str, Any]]:
         """Traces in wire form; of requests that still run, what there is so far."""
+        self.settle()
         return self.traces.take(keys)
 
     def running(self) -> list[GateTrace]:
+        self.settle()
         return [self.traces.peek(name) for name in self._sessions]

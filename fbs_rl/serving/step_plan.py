@@ -6,26 +6,38 @@ Letters: L layers, N tokens of the step, R requests.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
-@dataclass(slots=True)
+@dataclass
 class StepPlan:
     """Who may skip what in one step.
 
-    row_R: each request's row in per-request memory. restart_R: its memory is void and begins anew.
-    bar_LN: a token skips a layer iff its gate's probability reaches this (float32): τ for threshold gates, just
+    row_R: each request's row in per-request memory. restart_R: its memory is void and begins anew. before_R, length_R:
+    its tokens in front of the step, and in it.
+    bars_LN: a token skips a layer iff its gate's probability reaches this (float32): τ for threshold gates, just
     above the noise for sampled ones, +inf where it must run, −inf where a replayed token skipped. None: nobody
     can skip. asks: some bar is finite, so gates are computed. consensus: one decision for all tokens, by means.
     """
 
     row_R: np.ndarray
     restart_R: np.ndarray
-    bar_LN: Tensor | None = None
+    before_R: np.ndarray
+    length_R: np.ndarray
+    device: torch.device
+    bars_LN: np.ndarray | None = None
     asks: bool = False
     consensus: bool = False
+
+    @cached_property
+    def bar_LN(self) -> Tensor | None:
+        """bars_LN on the device; to bring them there waits for it."""
+        return None if self.bars_LN is None else torch.from_numpy(self.bars_LN).to(self.device)
 
 
 @dataclass(slots=True)
@@ -42,3 +54,21 @@ class StepReport:
     chunks_N: np.ndarray | None
     entered: int
     passed_over: int
+
+    @property
+    def ready(self) -> bool:
+        return True
+
+    def result(self) -> StepReport:
+        return self
+
+
+class Reported(Protocol):
+    """A step's report, here or on its way."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    def result(self) -> StepReport:
+        """Waits for it."""
+        ...

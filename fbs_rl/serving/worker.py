@@ -21,3 +21,10 @@ class FBSWorker(_Worker):  # pyright: ignore[reportGeneralTypeIssues]
         super().init_device()
         runner: Any = self.model_runner
         with_sessions(runner)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """After this the engine takes requests."""
+        made = super().compile_or_warm_up_model()
+        served: Any = self.model_runner.get_model()
+        served.model.prepare(served.lm_head.weight)
+        return made

@@ -10,7 +10,7 @@
 struct Attention {
   const num* qkv;  // a row: (query heads + 2 key heads)·HEAD_DIM, neither normed nor rotated
   long long qkv_stride;
-  num* keys;       // [ROWS, key heads, capacity, HEAD_DIM]
+  num* keys;       // [ROWS, key heads, capacity, HEAD_DIM], or of the first page
   num* values;
   const num* cos;  // [positions, HEAD_DIM]
   const num* sin;
@@ -30,7 +30,39 @@ struct Attention {
   float scale;
   float eps;
   int awaits;  // leave_entry: whether the token's keys and values are yet to be awaited
+  const int* pages;  // where entries are PAGED: [ROWS, page_columns], 1 << page_shift entries each
+  int page_columns;
+  int page_shift;
+  long long page_stride;  // numbers from a page, an entry, a key head to the next
+  long long entry_stride;
+  long long head_stride;
 };
+
+// Where the entries of one row's key head lie.
+struct EntryRoom {
+  num *keys, *values;
+#if PAGED
+  const int* pages;
+  int shift;
+  long long page_stride, entry_stride;
+
+  __device__ __forceinline__ long long at(int entry) const {
+    return pages[entry >> shift] * page_stride + (entry & ((1 << shift) - 1)) * entry_stride;
+  }
+#else
+  __device__ __forceinline__ long long at(int entry) const { return (long long)entry * HEAD_DIM; }
+#endif
+};
+
+__device__ __forceinline__ EntryRoom entries_of(const Attention& a, int b, int head) {
+#if PAGED
+  const long long first = head * a.head_stride;
+  return {a.keys + first, a.values + first, a.pages + b * a.page_columns, a.page_shift, a.page_stride, a.entry_stride};
+#else
+  const long long first = (long long)(b * a.key_heads + head) * a.capacity * HEAD_DIM;
+  return {a.keys + first, a.values + first};
+#endif
+}
 
 // What the rotation needs that does not wait for the token's products.
 struct Rotation {
@@ -113,12 +145,12 @@ struct Entries {
 };
 
 // Entries from `from` on; behind `end` the last one again, which mix_entries leaves out.
-__device__ __forceinline__ void load_entries(const num* keys, const num* values, int from, int end, Entries& e) {
+__device__ __forceinline__ void load_entries(const EntryRoom& room, int from, int end, Entries& e) {
 #pragma unroll
   for (int j = 0; j < KEYS_AT_ONCE; ++j) {
-    const long long at = (long long)min(from + j, end - 1) * HEAD_DIM;
-    load_lane(keys + at, e.key[j]);
-    load_lane(values + at, e.value[j]);
+    const long long at = room.at(min(from + j, end - 1));
+    load_lane(room.keys + at, e.key[j]);
+    load_lane(room.values + at, e.value[j]);
   }
 }
 
@@ -203,8 +235,8 @@ __device__ __forceinline__ void write_entry(const Attention& a, const num* token
 }
 
 // A warp's running softmax over its share of the entries [low, high), the first of them loaded already.
-__device__ __forceinline__ void mix_share(const Attention& a, const num* keys, const num* values, int low, int high,
-                                          Entries& e, const AttentionShared& m, bool has_fresh, Softmax& s) {
+__device__ __forceinline__ void mix_share(const Attention& a, const EntryRoom& room, int low, int high, Entries& e,
+                                          const AttentionShared& m, bool has_fresh, Softmax& s) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, at = lane * LANE_DIMS;
   float q[QUERY_GROUP][LANE_DIMS];
   s.top = MINUS_INFINITY;
@@ -218,7 +250,7 @@ __device__ __forceinline__ void mix_share(const Attention& a, const num* keys, c
     }
   }
   ROLLED for (int from = low + warp * KEYS_AT_ONCE; from < high; from += WARPS * KEYS_AT_ONCE) {
-    if (from >= low + WARPS * KEYS_AT_ONCE) load_entries(keys, values, from, high, e);
+    if (from >= low + WARPS * KEYS_AT_ONCE) load_entries(room, from, high, e);
     mix_entries(e, high - from, a.scale, q, s);
   }
   if (!has_fresh || warp) return;
@@ -302,24 +334,23 @@ __device__ __forceinline__ void attend(const Attention& a, int head, int split, 
   const int part = (before + splits) / splits;  // of before + 1 entries, rounded up
   const int low = split * part, high = min(before, low + part);
   const bool owner = before >= low && before < low + part;
-  num* keys = a.keys + (long long)(b * a.key_heads + head) * a.capacity * HEAD_DIM;
-  num* values = a.values + (long long)(b * a.key_heads + head) * a.capacity * HEAD_DIM;
+  const EntryRoom room = entries_of(a, b, head);
   Entries e;
-  if (!skipped && low + warp * KEYS_AT_ONCE < high) load_entries(keys, values, low + warp * KEYS_AT_ONCE, high, e);
+  if (!skipped && low + warp * KEYS_AT_ONCE < high) load_entries(room, low + warp * KEYS_AT_ONCE, high, e);
   load_rotation(a, position, m.rotation);
   await(team);
   __syncthreads();
   if (skipped && !(owner && a.leaves_entry)) return;
   const num* token = a.qkv + b * a.qkv_stride;
   if (owner && warp == WARPS - 1)
-    write_entry(a, token, head, keys + (long long)before * HEAD_DIM, values + (long long)before * HEAD_DIM, m);
+    write_entry(a, token, head, room.keys + room.at(before), room.values + room.at(before), m);
   if (skipped) return;
   ROLLED for (int g = warp; g < QUERY_GROUP; g += WARPS)
     turn_head(token + (head * QUERY_GROUP + g) * HEAD_DIM, a.query_norm ? m.rotation.norm[0] : nullptr, m.rotation,
               a.eps, m.query[g]);
   __syncthreads();
   Softmax s;
-  mix_share(a, keys, values, low, high, e, m, owner, s);
+  mix_share(a, room, low, high, e, m, owner, s);
   const long long first = (long long)(b * a.key_heads + head) * splits;
   num* out = a.out + (long long)(b * a.key_heads + head) * QUERY_GROUP * HEAD_DIM;
   join_warps(a, s, m, first + split, splits == 1, out);
@@ -341,10 +372,11 @@ __device__ __forceinline__ void leave_entry(const Attention& a, Team& team, Atte
   if (a.awaits) await(team);
   ROLLED for (int i = gridDim.x - 1 - blockIdx.x; i < a.key_heads * ROWS; i += gridDim.x) {
     const int head = i % a.key_heads, b = i / a.key_heads, position = __ldcg(a.position_B + b);
-    const long long at = ((long long)(b * a.key_heads + head) * a.capacity + position) * HEAD_DIM;
+    const EntryRoom room = entries_of(a, b, head);
     load_rotation(a, position, m.rotation);
     __syncthreads();
-    if (threadIdx.x < WARP) write_entry(a, a.qkv + b * a.qkv_stride, head, a.keys + at, a.values + at, m);
+    if (threadIdx.x < WARP) write_entry(a, a.qkv + b * a.qkv_stride, head, room.keys + room.at(position),
+                                        room.values + room.at(position), m);
     __syncthreads();
   }
 }

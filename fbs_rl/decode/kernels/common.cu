@@ -1,7 +1,7 @@
 // Number formats, loads, reductions and launch order: what all kernels of a decoding step share.
 //
 // Compiled at run time with: ROWS (batch rows), BF16 (1: bfloat16 model, 0: float32), HEAD_DIM, QUERY_GROUP
-// (query heads a key head), OUT_ROWS (output rows that a warp works on at once).
+// (query heads a key head), OUT_ROWS (output rows that a warp works on at once), PAGED (1: the cache lies in pages).
 //
 // TENSOR: products of several bfloat16 rows, by the tensor cores.
 //

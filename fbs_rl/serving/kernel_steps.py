@@ -1,0 +1,280 @@
+"""Decode steps of a few rows as one launch of the graph decoder's kernel, on vLLM's pages (docs/decode.md).
+
+What steps carry from one to the next lies in the kernel's memory as long as the same requests go on, and goes back to
+where other steps find it before anything else happens. Nothing here waits for the device: what a step decided arrives
+while the next one runs.
+
+Letters: R rows of one token each, B rows that a kernel was compiled for (those behind the first R are idle), L layers,
+G key heads, P pages of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fbs_rl.decode.cuda_launcher import CudaLauncher, Launcher
+from fbs_rl.decode.kernel_source import KernelShape
+from fbs_rl.decode.step_buffers import Pages
+from fbs_rl.decode.step_program import StepOptions, StepProgram, copy_weights, kernel_shape
+from fbs_rl.decode.step_writer import StepWriter
+from fbs_rl.decode.supported import check_supported
+from fbs_rl.model.modeling import FBSForCausalLM
+from fbs_rl.serving.decode_graphs import CudaRecorder, Recorder
+from fbs_rl.serving.masked_walk import report_of
+from fbs_rl.serving.paged_attention import PagedBatch, cache_of
+from fbs_rl.serving.step_plan import StepPlan, StepReport
+from fbs_rl.types import GateMode, KVPolicy
+
+if TYPE_CHECKING:
+    from fbs_rl.serving.served_model import ServedModel
+
+_COUNTS = ("closed", "open_size", "continuable")  # of ChunkRows and of ChunkBuffers
+
+
+@dataclass(slots=True)
+class _Kernel:
+    """One number of rows. row_R: whose memory it holds; empty: nobody's. bars: that it was last told."""
+
+    writer: StepWriter
+    page_BP: Tensor
+    replay: Callable[[], None]
+    packed: Tensor
+    row_R: tuple[int, ...] = ()
+    bars: bytes = b""
+
+
+class KernelSteps:
+    """view: the served model as the kernels are told of it. longest: text that the engine takes, in tokens.
+
+    Raises ValueError, in one sentence, for a model or a device that the kernels cannot do.
+    """
+
+    def __init__(
+        self, model: ServedModel, view: FBSForCausalLM, longest: int, recorder: Recorder | None = None,
+        make_launcher: Callable[[KernelShape], Launcher] = CudaLauncher,
+    ) -> None:  # fmt: skip
+        check_supported(view, GateMode.THRESHOLD if model.config.gate else GateMode.DENSE, longest)
+        self.model, self.view, self.longest = model, view, longest
+        self.recorder = CudaRecorder() if recorder is None else recorder
+        self.make_launcher = make_launcher
+        self.projects = model.config.kv_on_skip == KVPolicy.PROJECT
+        config = model.config
+        self._free = sorted(set(range(config.layer_count)) - config.protected_layers)
+        # The kernels ask for the bar of a decision at the first of its layers, which itself may never skip.
+        self._bar_of = list(range(config.layer_count))
+        for layer in reversed(self._free):
+            self._bar_of[self._leader(layer)] = layer
+        self._kernels: dict[int, _Kernel] = {}
+        self._resident: _Kernel | None = None
+        self.steps = 0  # that were taken
+
+    def prepare(self, pages: Sequence[Tensor]) -> None:
+        """Compile and capture for every number of rows. pages: of each layer [pages, G, entries, 2·D]."""
+        for rows in self.model.settings.kernel_rows:
+            self._kernels[rows] = self._make(rows, pages)
+
+    def takes(self, plan: StepPlan, batch: PagedBatch) -> bool:
+        """Whether this step is for it: it decodes, nothing is replayed, and there is a kernel for so many rows."""
+        if not batch.decodes or self._rows_for(len(plan.row_R)) is None:
+            return False
+        bars_LR = plan.bars_LN
+        if bars_LR is None:
+            return True
+        return plan.asks and not np.isneginf(bars_LR).any() and self._shares_bars(bars_LR)
+
+    def run(
+        self, id_R: Tensor, position_R: Tensor, plan: StepPlan, batch: PagedBatch
+    ) -> tuple[Tensor, Tensor, ReportOnItsWay]:  # fmt: skip
+        """States behind the last layer [R, d], logits [R, V], both valid until the next step; and what it decided."""
+        count, rows = len(id_R), self._rows_for(len(id_R))
+        assert rows is not None
+        kernel = self._kernels[rows]
+        row_R = tuple(plan.row_R.tolist())
+        if kernel is not self._resident or kernel.row_R != row_R:
+            self.leave()
+            self._enter(kernel, row_R)
+        writer = kernel.writer
+        tokens = writer.tokens
+        for target_B, source_R in ((tokens.token_B, id_R), (tokens.position_B, position_R)):
+            target_B[:count].copy_(source_R)
+        if count < rows:
+            tokens.position_B[count:].zero_()
+            if writer.layers.length_LBG is not None:
+                writer.layers.length_LBG[:, count:].zero_()
+        tokens.step.zero_()
+        self._tell_bars(kernel, plan.bars_LN, count)
+        pages_RP = batch.block_RP[:count, : kernel.page_BP.shape[1]]
+        kernel.page_BP[:count, : pages_RP.shape[1]].copy_(pages_RP)
+        kernel.replay()
+        self.steps += 1
+        state_Rd = writer.entering(self.model.config.layer_count)[:count]
+        report = ReportOnItsWay(kernel.packed, self.model.config.layer_count, rows, count)
+        return state_Rd, tokens.logits_BV[:count], report
+
+    def leave(self) -> None:
+        """Put back what steps carry, before other steps need it or their requests are over."""
+        kernel, self._resident = self._resident, None
+        if kernel is None:
+            return
+        row_R, count, writer = list(kernel.row_R), len(kernel.row_R), kernel.writer
+        kernel.row_R = ()
+        if writer.layers.length_LBG is not None:
+            lengths_LR = writer.layers.length_LBG[:, :count, 0].cpu().numpy()
+            self.model.entries[:, row_R] = lengths_LR
+        chunks, held = writer.chunks, self.model.chunk_rows
+        if chunks is None or held is None:
+            return
+        for name in _COUNTS:
+            table = getattr(held, name)
+            table[row_R] = getattr(chunks, f"{name}_B")[:count].to(table.dtype)
+        for layer, (keys, values, sum_Bd) in chunks.rings.items():
+            held.key[layer][row_R, :-1] = keys[:count]
+            held.value[layer][row_R, :-1] = values[:count]
+            held.open_sum[layer][row_R] = sum_Bd[:count]
+
+    def copy_weights(self, previews: bool) -> None:
+        """Follow a change of the model's weights in place."""
+        for kernel in self._kernels.values():
+            copy_weights(kernel.writer, previews)
+
+    # --- inside --------------------------------------------------------------------------------------
+
+    def _rows_for(self, count: int) -> int | None:
+        """The kernel for so many rows. Idle rows would have a part in a decision of all rows together."""
+        exact = self.model.settings.consensus
+        fits = [rows for rows in self._kernels if rows == count or (rows > count and not exact)]
+        return min(fits, default=None)
+
+    def _shares_bars(self, bars_LR: np.ndarray) -> bool:
+        """Whether layers of one decision have one bar, but for those that never skip."""
+        return all(
+            np.array_equal(bars_LR[layer], bars_LR[self._bar_of[self._leader(layer)]])
+            for layer in self._free
+        )
+
+    def _leader(self, layer: int) -> int:
+        return layer - layer % self.model.config.gate_block
+
+    def _enter(self, kernel: _Kernel, row_R: tuple[int, ...]) -> None:
+        rows, count, writer = list(row_R), len(row_R), kernel.writer
+        kernel.page_BP[
+            count:
+        ].zero_()  # idle rows write into the first page, which vLLM gives nobody
+        lengths = writer.layers.length_LBG
+        if lengths is not None:
+            entry_LR = torch.from_numpy(self.model.entries[:, rows])
+            lengths[:, :count] = entry_LR.to(lengths).unsqueeze(-1)
+        chunks, held = writer.chunks, self.model.chunk_rows
+        if chunks is not None and held is not None:
+            for name in _COUNTS:
+                target_B = getattr(chunks, f"{name}_B")
+                target_B.zero_()
+                target_B[:count] = getattr(held, name)[rows].to(target_B.dtype)
+            for layer, (keys, values, sum_Bd) in chunks.rings.items():
+                keys[:count] = held.key[layer][rows, :-1]
+                values[:count] = held.value[layer][rows, :-1]
+                sum_Bd[:count] = held.open_sum[layer][rows]
+        kernel.row_R, self._resident = row_R, kernel
+
+    def _tell_bars(self, kernel: _Kernel, bars_LR: np.ndarray | None, count: int) -> None:
+        """Idle rows skip whatever they can, so that no layer is read for them."""
+        bar_LB = kernel.writer.gates.bar_LB
+        assert bar_LB is not None
+        bars_LB = np.full(tuple(bar_LB.shape), -np.inf, np.float32)
+        bars_LB[:, :count] = np.inf if bars_LR is None else bars_LR[self._bar_of]
+        told = bars_LB.tobytes()
+        if told == kernel.bars:
+            return
+        kernel.bars, found = told, torch.from_numpy(bars_LB)
+        if bar_LB.is_cuda:
+            found = found.pin_memory()
+        bar_LB.copy_(found, non_blocking=True)
+
+    def _make(self, rows: int, pages: Sequence[Tensor]) -> _Kernel:
+        shape = kernel_shape(self.view, rows, paged=True)
+        launcher = self.make_launcher(shape)
+        columns = -(-self.longest // pages[0].shape[2])
+        page_BP = torch.zeros(rows, columns, dtype=torch.int32, device=launcher.device)
+        options = StepOptions(
+            self.longest, 1, gates_act=self.model.config.gate, together=self.model.settings.consensus, bars=True,
+            picks=False, pages=Pages(*_entries(pages, self.view), page_BP),
+        )  # fmt: skip
+        made = StepProgram.of(self.view, shape, launcher, options)
+        writer, end = made.writer, len(made.writer.calls)
+        assert writer.gates.bar_LB is not None
+        writer.gates.bar_LB.fill_(-torch.inf)
+        packed = _pack(writer)
+
+        def work() -> None:
+            launcher.run(made.program, 0, end)
+            packed.copy_(_pack(writer))
+
+        work()  # compiles and reserves what a capture must not; all rows are idle
+        return _Kernel(writer, page_BP, self.recorder.record(work), packed)
+
+
+def _entries(pages: Sequence[Tensor], view: FBSForCausalLM) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of each layer [pages, entries, G, D], in place."""
+    size, dtype = view.config.head_dim, view.dtype
+    entries = pages[0].shape[2]
+    if pages[0].dtype != dtype or entries & (entries - 1):
+        raise ValueError(
+            f"fbs.decode_path is 'kernel', which needs a cache in {dtype} and pages of a power of two of entries; this "
+            f"engine has {pages[0].dtype} and {entries}: leave kv_cache_dtype and block_size out"
+        )
+    parts = [layer.transpose(1, 2).split(size, dim=-1) for layer in pages]
+    return [keys for keys, _ in parts], [values for _, values in parts]
+
+
+def pages_of(model: ServedModel) -> list[Tensor]:
+    """Every layer's pages, as FlashAttention keeps them."""
+    return [cache_of(layer.self_attn.attn) for layer in model.served_layers()]
+
+
+def _pack(writer: StepWriter) -> Tensor:
+    """What the step decided, as bytes in one tensor: probabilities, skips, and of each row whether it closes a chunk
+    and how many were closed before."""
+    gates, chunks = writer.gates, writer.chunks
+    parts = [gates.prob_TLB[0], gates.skip_TLB[0]]
+    if chunks is not None:
+        parts += [chunks.slot_B >= 0, chunks.before_B]
+    return torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
+
+
+class ReportOnItsWay:
+    """A step's report, which the device sends as soon as it is through."""
+
+    def __init__(self, packed: Tensor, layers: int, rows: int, count: int) -> None:
+        self.layers, self.rows, self.count = layers, rows, count
+        self._event: Any = None
+        if packed.is_cuda:
+            self._data = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._data.copy_(packed, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._data = packed.clone()
+
+    @property
+    def ready(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def result(self) -> StepReport:
+        if self._event is not None:
+            self._event.synchronize()
+        data, numbers, count = self._data.numpy(), self.layers * self.rows, self.count
+        prob_LB = data[: 4 * numbers].view(np.float32).reshape(self.layers, self.rows)
+        skip_LB = data[4 * numbers :][:numbers].view(np.bool_).reshape(self.layers, self.rows)
+        skip_LR, prob_LR = skip_LB[:, :count].copy(), prob_LB[:, :count].copy()
+        rest = data[5 * numbers :]
+        if not len(rest):
+            return report_of(skip_LR, prob_LR, None, None)
+        closes_R = rest[: self.rows].view(np.bool_)[:count].copy()
+        before_R = rest[self.rows :].copy().view(np.int32)[:count]
+        return report_of(skip_LR, prob_LR, closes_R, before_R.astype(np.int64))

@@ -1,0 +1,175 @@
+"""Decode steps of an engine by the graph decoder's kernels on its pages: here by the CPU's emulation of them.
+
+vLLM's pages on a CPU hold keys column by column, so each step works on a copy in the order of a GPU's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fbs_rl.serving.serving_settings import ServingSettings
+from tests.cuda_emulator import COMPILER, EmulatedLauncher
+from tests.served_engine import changed_gates, differences, generate, random_prompts, start
+from tests.served_tiny import make_folder
+from tests.test_decode_graphs import Again
+from tests.tiny import NOOP
+
+ROWS = (1, 3)
+_LENGTHS = (1, 40, 33, 90, 17)  # of prompts, three of which run at a time
+_PAGES = 64  # more than they fill
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+
+class Mirror:
+    """The engine's pages, once more in the order that the kernels know."""
+
+    def __init__(self, served: Any) -> None:
+        from fbs_rl.serving.kernel_steps import pages_of
+
+        self.pages = [pages[:_PAGES] for pages in pages_of(served)]
+        self.copies = [torch.full_like(pages, 1e4) for pages in self.pages]
+
+    def columns(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [pages, G, D, entries] and values [pages, G, entries, D] of a layer, where they lie."""
+        blocks, groups, entries, width = pages.shape
+        flat, half = pages.view(blocks, groups, -1), entries * width // 2
+        return (
+            flat[..., :half].view(blocks, groups, width // 2, entries),
+            flat[..., half:].view(blocks, groups, entries, width // 2),
+        )
+
+    def bring(self) -> None:
+        for pages, copy in zip(self.pages, self.copies, strict=True):
+            keys, values = self.columns(pages)
+            copy.copy_(torch.cat((keys.transpose(2, 3), values), -1))
+
+    def take_back(self) -> None:
+        for pages, copy in zip(self.pages, self.copies, strict=True):
+            keys, values = self.columns(pages)
+            new_keys, new_values = copy.chunk(2, dim=-1)
+            keys.copy_(new_keys.transpose(2, 3))
+            values.copy_(new_values)
+
+
+def with_kernels(llm: Any, **settings: Any) -> Any:
+    """The engine's model, whose decode steps are the kernels' from now on."""
+    from fbs_rl.serving.kernel_steps import KernelSteps
+    from fbs_rl.serving.served_view import view_of
+
+    outer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    served = outer.model
+    served.settings = dataclasses.replace(served.settings, kernel_rows=ROWS, **settings)
+    view = view_of(served, outer.lm_head.weight, served.native.held)
+    mirror = Mirror(served)
+
+    class Mirrored(KernelSteps):
+        def run(self, id_R: Tensor, position_R: Tensor, plan: Any, batch: Any) -> Any:
+            assert int(batch.block_RP.max()) < _PAGES
+            mirror.bring()
+            found = super().run(id_R, position_R, plan, batch)
+            mirror.take_back()
+            return found
+
+    served.kernels = Mirrored(served, view, 256, Again(), EmulatedLauncher)
+    served.kernels.prepare(mirror.copies)
+    return served
+
+
+def serve(
+    folder: Path, family: str = "llama", sampled: bool = False, consensus: bool = False, **options: Any
+) -> dict[str, Any]:  # fmt: skip
+    model = make_folder(folder, family, **options)
+    llm = start(folder, max_num_seqs=3)
+    served = with_kernels(llm, **({"batch": "consensus"} if consensus else {}))
+    prompts = random_prompts(1, _LENGTHS)
+    counts = [8 + 4 * i for i in range(len(prompts))]
+    # The third and the last skip nothing: the last is alone at the end, in steps without gates.
+    ours: list[dict[str, Any]] = [
+        {"gate_seed": 7 + i} if sampled else {"tau": 0.5} for i in range(len(prompts))
+    ]
+    ours[2] = ours[-1] = {"gates": "dense"}
+    ours[3]["never_skip"] = [2]
+    mode = {"gates": "sample" if sampled else "threshold"}
+    gates = [{**mode, **given} for given in ours]
+    wrong = differences(model, prompts, *generate(llm, prompts, counts, ours), gates)
+    many = served.kernels.steps
+    alone = generate(llm, prompts[:1], [12], ours[:1])
+    return {
+        "wrong": wrong + differences(model, prompts[:1], *alone, gates[:1]),
+        "steps": (many, served.kernels.steps - many),
+        "skip": alone[1][0].skip_TL.mean(),
+    }
+
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "project, adapter": {},
+    "project, identity, qwen3, sampled": {
+        "family": "qwen3",
+        "skip_path": "identity",
+        "sampled": True,
+    },
+    "a layer ahead": {"gate_ahead": 1},
+    "noop, identity": {**NOOP},
+    "noop, adapter, sampled": {"kv_on_skip": "noop", "sampled": True},
+    "no chunks": {"chunk": False},
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_kernels_on_pages_give_the_referees_tokens_and_actions(
+    there: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    """Rows come and go, prompts come between, and some rows are idle in a kernel for more of them."""
+    found = there(serve, tmp_path / "model", **SCENARIOS[name])
+    assert found["wrong"] == []
+    many, alone = found["steps"]
+    assert many > 20 and alone == 12  # its prompt is a single token, too
+    assert 0.1 < found["skip"] < 0.9
+
+
+def serve_changed_gates(folder: Path, parts: str) -> list[str]:
+    """One version of the gates and then another, in kernels that keep copies of them."""
+    from fbs_rl.gate_bundle import apply_bundle
+    from fbs_rl.serving.client import update_gates
+
+    model = make_folder(folder)
+    llm = start(folder, max_num_seqs=1)
+    with_kernels(llm)
+    prompts = random_prompts(2, (40,))
+    generate(llm, prompts, [3], [{"tau": 0.5}])
+    bundle = changed_gates(model, 1, parts)
+    update_gates(llm, bundle)
+    apply_bundle({**dict(model.named_parameters()), **dict(model.named_buffers())}, bundle)
+    model.model.forget_derived()
+    outputs, traces = generate(llm, prompts, [12], [{"tau": 0.5}])
+    return differences(model, prompts, outputs, traces, [{"tau": 0.5, "gates": "threshold"}])
+
+
+@needs_compiler
+@pytest.mark.parametrize("parts", ["gates", "gates+paw"])
+def test_kernels_follow_new_gates(there: Callable[..., Any], tmp_path: Path, parts: str) -> None:
+    assert there(serve_changed_gates, tmp_path / "model", parts) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"decode_path": "kernels"}, "must be one of compact, masked, kernel"),
+        (
+            {"kernel_rows": (1, 32)},
+            r"fbs.kernel_rows is \[1, 32\]; give numbers of rows from 1 to 16",
+        ),
+        ({"decode_path": "kernel", "graphs": "full"}, "which needs fixed shapes"),
+    ],
+)
+def test_settings_that_cannot_work(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ServingSettings(**given)
