@@ -39,14 +39,19 @@ _COUNTS = ("closed", "open_size", "continuable")  # of ChunkRows and of ChunkBuf
 
 @dataclass(slots=True)
 class _Kernel:
-    """One number of rows. row_R: whose memory it holds; empty: nobody's. bars: that it was last told."""
+    """One number of rows. made: which a captured launch reads, so it is kept as long. row_R: whose memory it holds;
+    empty: nobody's. bars: that it was last told."""
 
-    writer: StepWriter
+    made: StepProgram
     page_BP: Tensor
     replay: Callable[[], None]
     packed: Tensor
     row_R: tuple[int, ...] = ()
     bars: bytes = b""
+
+    @property
+    def writer(self) -> StepWriter:
+        return self.made.writer
 
 
 class KernelSteps:
@@ -216,7 +221,7 @@ class KernelSteps:
             packed.copy_(_pack(writer))
 
         work()  # compiles and reserves what a capture must not; all rows are idle
-        return _Kernel(writer, page_BP, self.recorder.record(work), packed)
+        return _Kernel(made, page_BP, self.recorder.record(work), packed)
 
 
 def _entries(pages: Sequence[Tensor], view: FBSForCausalLM) -> tuple[list[Tensor], list[Tensor]]:
