@@ -139,9 +139,9 @@ def test_blocks_without_a_part_in_a_product_decide_too(place: str) -> None:
     model = enliven(
         FBSForCausalLM.from_backbone(base, FBSConfig(**SMALL, gate_ahead=1, chunk=False))
     )
-    prompt, fed, gates = tokens(4, PROMPT, 1), tokens(4, STEPS, 2), gates_of("threshold", 4)
+    prompt, fed, gates = tokens(1, PROMPT, 1), tokens(1, STEPS, 2), gates_of("threshold", 1)
     wanted = refereed(model, prompt, fed, "threshold", gates)
-    decoder = decoder_of(model, place, 4, "threshold")
+    decoder = decoder_of(model, place, 1, "threshold")
     taken = [c for c in decoder.writer.calls if c.name == "product_gate_up" and c.sets]
     assert taken and all(c.arguments.weights.blocks == 2 for c in taken)
     found, logits = forced(decoder, prompt, fed, gates)

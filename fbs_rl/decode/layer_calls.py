@@ -116,8 +116,12 @@ def _write_layer(writer: StepWriter, layer: FBSLayer) -> None:
 def _write_rest(
     writer: StepWriter, layer: FBSLayer, injected: Tensor, skip_B: Tensor | None
 ) -> None:
-    """What follows attention. A decision that is ahead of its layer hides best where most weights are read."""
+    """What follows attention. A decision that is ahead of its layer hides best where most weights are read; that of
+    several rows takes longer than rings hold weights for, so it goes where blocks wait for attention."""
     buffers, attention, mlp = writer.layers, layer.self_attn, cast(Any, layer.mlp)
+    asks = writer.ahead and decides(writer, layer)
+    if asks and not writer.takes_along:
+        write_decision(writer, layer, behind=True)
     writer.product(
         "product_attention_out", [attention.o_proj.weight], buffers.attended_BX, buffers.middle_Bd,
         residual_Bd=injected, bias_N=attention.o_proj.bias, skip_B=skip_B,
@@ -126,7 +130,7 @@ def _write_rest(
         "product_gate_up", [mlp.gate_proj.weight, mlp.up_proj.weight], buffers.middle_Bd, buffers.active_BI,
         norm=cast(Any, layer.post_attention_layernorm).weight, skip_B=skip_B,
     )  # fmt: skip
-    if writer.ahead and decides(writer, layer):
+    if asks and writer.takes_along:
         take_along(writer, layer, gate_up)
     writer.product(
         "product_down", [mlp.down_proj.weight], buffers.active_BI, writer.entering(layer.index + 1),

@@ -92,6 +92,11 @@ class StepWriter:
         """Whether it is known before a layer begins who skips it."""
         return bool(self.free) and self.model.config.gate_ahead > 0
 
+    @property
+    def takes_along(self) -> bool:
+        """Whether a product takes a decision along, where it is ahead of its layer."""
+        return self.shape.rows == 1
+
     def bar_B(self, leader: int) -> Tensor:
         """What the probability of the layers behind this one's decision has to reach [B]."""
         return self.gates.tau_B if self.gates.bar_LB is None else self.gates.bar_LB[leader]

@@ -1,18 +1,18 @@
 """Decode steps of a few rows as one launch of the graph decoder's kernel, on vLLM's pages (docs/decode.md).
 
 What steps carry from one to the next lies in the kernel's memory as long as the same requests go on, and goes back to
-where other steps find it before anything else happens. Nothing here waits for the device: what a step decided arrives
-while the next one runs.
+where other steps find it before anything else happens. No step waits for the device: what it decided stays there in a
+trace, which comes to the host when it is full or somebody asks.
 
 Letters: R rows of one token each, B rows that a kernel was compiled for (those behind the first R are idle), L layers,
-G key heads, P pages of a row.
+T steps of a trace, G key heads, P pages of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,14 +26,15 @@ from fbs_rl.decode.step_writer import StepWriter
 from fbs_rl.decode.supported import check_supported
 from fbs_rl.model.modeling import FBSForCausalLM
 from fbs_rl.serving.decode_graphs import CudaRecorder, Recorder
-from fbs_rl.serving.masked_walk import report_of
+from fbs_rl.serving.kernel_trace import KernelTrace, TracedStep
 from fbs_rl.serving.paged_attention import PagedBatch, cache_of
-from fbs_rl.serving.step_plan import StepPlan, StepReport
+from fbs_rl.serving.step_plan import StepPlan
 from fbs_rl.types import GateMode, KVPolicy
 
 if TYPE_CHECKING:
     from fbs_rl.serving.served_model import ServedModel
 
+_TRACED = 64  # steps, whose decisions come to the host together
 _COUNTS = ("closed", "open_size", "continuable")  # of ChunkRows and of ChunkBuffers
 
 
@@ -45,7 +46,7 @@ class _Kernel:
     made: StepProgram
     page_BP: Tensor
     replay: Callable[[], None]
-    packed: Tensor
+    trace: KernelTrace
     row_R: tuple[int, ...] = ()
     bars: bytes = b""
 
@@ -70,6 +71,7 @@ class KernelSteps:
         self.make_launcher = make_launcher
         self.projects = model.config.kv_on_skip == KVPolicy.PROJECT
         config = model.config
+        self._layers, self._block = config.layer_count, config.gate_block
         self._free = sorted(set(range(config.layer_count)) - config.protected_layers)
         # The kernels ask for the bar of a decision at the first of its layers, which itself may never skip.
         self._bar_of = list(range(config.layer_count))
@@ -89,13 +91,13 @@ class KernelSteps:
         if not batch.decodes or self._rows_for(len(plan.row_R)) is None:
             return False
         bars_LR = plan.bars_LN
-        if bars_LR is None:
-            return True
-        return plan.asks and not np.isneginf(bars_LR).any() and self._shares_bars(bars_LR)
+        return bars_LR is None or (
+            plan.asks and not plan.replays and (self._block == 1 or self._shares_bars(bars_LR))
+        )
 
     def run(
         self, id_R: Tensor, position_R: Tensor, plan: StepPlan, batch: PagedBatch
-    ) -> tuple[Tensor, Tensor, ReportOnItsWay]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, TracedStep]:
         """States behind the last layer [R, d], logits [R, V], both valid until the next step; and what it decided."""
         count, rows = len(id_R), self._rows_for(len(id_R))
         assert rows is not None
@@ -112,15 +114,13 @@ class KernelSteps:
             tokens.position_B[count:].zero_()
             if writer.layers.length_LBG is not None:
                 writer.layers.length_LBG[:, count:].zero_()
-        tokens.step.zero_()
         self._tell_bars(kernel, plan.bars_LN, count)
         pages_RP = batch.block_RP[:count, : kernel.page_BP.shape[1]]
         kernel.page_BP[:count, : pages_RP.shape[1]].copy_(pages_RP)
+        step = kernel.trace.next(count)
         kernel.replay()
         self.steps += 1
-        state_Rd = writer.entering(self.model.config.layer_count)[:count]
-        report = ReportOnItsWay(kernel.packed, self.model.config.layer_count, rows, count)
-        return state_Rd, tokens.logits_BV[:count], report
+        return writer.entering(self._layers)[:count], tokens.logits_BV[:count], step
 
     def leave(self) -> None:
         """Put back what steps carry, before other steps need it or their requests are over."""
@@ -129,6 +129,7 @@ class KernelSteps:
             return
         row_R, count, writer = list(kernel.row_R), len(kernel.row_R), kernel.writer
         kernel.row_R = ()
+        kernel.trace.end()
         if writer.layers.length_LBG is not None:
             lengths_LR = writer.layers.length_LBG[:, :count, 0].cpu().numpy()
             self.model.entries[:, row_R] = lengths_LR
@@ -152,19 +153,18 @@ class KernelSteps:
 
     def _rows_for(self, count: int) -> int | None:
         """The kernel for so many rows. Idle rows would have a part in a decision of all rows together."""
-        exact = self.model.settings.consensus
-        fits = [rows for rows in self._kernels if rows == count or (rows > count and not exact)]
-        return min(fits, default=None)
+        if count in self._kernels:
+            return count
+        more = [] if self.model.settings.consensus else [r for r in self._kernels if r > count]
+        return min(more, default=None)
 
     def _shares_bars(self, bars_LR: np.ndarray) -> bool:
         """Whether layers of one decision have one bar, but for those that never skip."""
-        return all(
-            np.array_equal(bars_LR[layer], bars_LR[self._bar_of[self._leader(layer)]])
-            for layer in self._free
-        )
+        asked = [self._bar_of[self._leader(layer)] for layer in self._free]
+        return bool((bars_LR[self._free] == bars_LR[asked]).all())
 
     def _leader(self, layer: int) -> int:
-        return layer - layer % self.model.config.gate_block
+        return layer - layer % self._block
 
     def _enter(self, kernel: _Kernel, row_R: tuple[int, ...]) -> None:
         rows, count, writer = list(row_R), len(row_R), kernel.writer
@@ -207,21 +207,20 @@ class KernelSteps:
         columns = -(-self.longest // pages[0].shape[2])
         page_BP = torch.zeros(rows, columns, dtype=torch.int32, device=launcher.device)
         options = StepOptions(
-            self.longest, 1, gates_act=self.model.config.gate, together=self.model.settings.consensus, bars=True,
+            self.longest, _TRACED, gates_act=self.model.config.gate, together=self.model.settings.consensus, bars=True,
             picks=False, pages=Pages(*_entries(pages, self.view), page_BP),
         )  # fmt: skip
         made = StepProgram.of(self.view, shape, launcher, options)
         writer, end = made.writer, len(made.writer.calls)
         assert writer.gates.bar_LB is not None
         writer.gates.bar_LB.fill_(-torch.inf)
-        packed = _pack(writer)
 
         def work() -> None:
             launcher.run(made.program, 0, end)
-            packed.copy_(_pack(writer))
 
         work()  # compiles and reserves what a capture must not; all rows are idle
-        return _Kernel(made, page_BP, self.recorder.record(work), packed)
+        writer.tokens.step.zero_()
+        return _Kernel(made, page_BP, self.recorder.record(work), KernelTrace(writer))
 
 
 def _entries(pages: Sequence[Tensor], view: FBSForCausalLM) -> tuple[list[Tensor], list[Tensor]]:
@@ -240,46 +239,3 @@ def _entries(pages: Sequence[Tensor], view: FBSForCausalLM) -> tuple[list[Tensor
 def pages_of(model: ServedModel) -> list[Tensor]:
     """Every layer's pages, as FlashAttention keeps them."""
     return [cache_of(layer.self_attn.attn) for layer in model.served_layers()]
-
-
-def _pack(writer: StepWriter) -> Tensor:
-    """What the step decided, as bytes in one tensor: probabilities, skips, and of each row whether it closes a chunk
-    and how many were closed before."""
-    gates, chunks = writer.gates, writer.chunks
-    parts = [gates.prob_TLB[0], gates.skip_TLB[0]]
-    if chunks is not None:
-        parts += [chunks.slot_B >= 0, chunks.before_B]
-    return torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
-
-
-class ReportOnItsWay:
-    """A step's report, which the device sends as soon as it is through."""
-
-    def __init__(self, packed: Tensor, layers: int, rows: int, count: int) -> None:
-        self.layers, self.rows, self.count = layers, rows, count
-        self._event: Any = None
-        if packed.is_cuda:
-            self._data = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            self._data.copy_(packed, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._data = packed.clone()
-
-    @property
-    def ready(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def result(self) -> StepReport:
-        if self._event is not None:
-            self._event.synchronize()
-        data, numbers, count = self._data.numpy(), self.layers * self.rows, self.count
-        prob_LB = data[: 4 * numbers].view(np.float32).reshape(self.layers, self.rows)
-        skip_LB = data[4 * numbers :][:numbers].view(np.bool_).reshape(self.layers, self.rows)
-        skip_LR, prob_LR = skip_LB[:, :count].copy(), prob_LB[:, :count].copy()
-        rest = data[5 * numbers :]
-        if not len(rest):
-            return report_of(skip_LR, prob_LR, None, None)
-        closes_R = rest[: self.rows].view(np.bool_)[:count].copy()
-        before_R = rest[self.rows :].copy().view(np.int32)[:count]
-        return report_of(skip_LR, prob_LR, closes_R, before_R.astype(np.int64))

@@ -41,6 +41,7 @@ class Session:
     protected: list[int] = field(default_factory=list)  # kinds of the columns of the running step
     _drawn_Ln: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
     _drawn_from: int = 0  # position of its first column
+    _threshold_L1: np.ndarray | None = None
 
     @classmethod
     def begin(
@@ -60,6 +61,9 @@ class Session:
 
     def bars(self, position_n: np.ndarray, token_n: list[int], config: FBSConfig) -> np.ndarray:
         """[L, n] float32 for tokens that are fed for the first time: see StepPlan.bar_LN."""
+        if self.guard is None and self.options.mode is GateMode.THRESHOLD and len(token_n) == 1:
+            self.protected = [0]
+            return self._bar_L1
         bar_Ln = np.full((config.layer_count, len(position_n)), np.inf, np.float32)
         self.protected = [self._protects(token) for token in token_n]
         acts_n = np.array(self.protected) == 0
@@ -70,6 +74,14 @@ class Session:
             chosen = np.ix_(self.free_L, acts_n)
             bar_Ln[chosen] = above_Ln[chosen]
         return bar_Ln
+
+    @property
+    def _bar_L1(self) -> np.ndarray:
+        """Of every token of a request by thresholds, where nothing is protected."""
+        if self._threshold_L1 is None:
+            bar_L1 = np.where(self.free_L, self.options.tau, np.inf).astype(np.float32)
+            self._threshold_L1 = bar_L1[:, None]
+        return self._threshold_L1
 
     def _protects(self, token: int) -> int:
         if self.guard is None:

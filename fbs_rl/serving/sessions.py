@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,50 @@ class _Columns:
     count: int
     protected: list[int]
 
+    @property
+    def span(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """Columns of one request as TraceStore.append takes them; None where a model has no chunks."""
+
+    skip_nL: np.ndarray
+    prob_nL: np.ndarray
+    version_n: np.ndarray
+    protected_n: np.ndarray
+    closes_n: np.ndarray | None
+    chunks_n: np.ndarray | None
+
+    @classmethod
+    def of(cls, part: _Columns, version: int, report: StepReport) -> _Added:
+        session, span = part.session, part.span
+        shown_nL = (report.prob_LN[:, span] * session.free_L[:, None]).T
+        if session.options.mode is GateMode.DENSE:
+            shown_nL = np.zeros_like(shown_nL)
+        return cls(
+            report.skip_LN[:, span].T,
+            shown_nL,
+            np.full(part.count, version),
+            np.array(part.protected, np.uint8),
+            None if report.closes_N is None else report.closes_N[span],
+            None if report.chunks_N is None else report.chunks_N[span],
+        )
+
+    def add_to(self, traces: TraceStore, request_id: str) -> None:
+        traces.append(
+            request_id, self.skip_nL, self.prob_nL, self.version_n, self.protected_n, self.closes_n, self.chunks_n
+        )  # fmt: skip
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Added]) -> _Added:
+        """All parts behind each other, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        tables = [[getattr(part, field.name) for part in parts] for field in fields(cls)]
+        return cls(*(None if table[0] is None else np.concatenate(table) for table in tables))  # pyright: ignore
+
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
@@ -67,6 +111,7 @@ class Sessions:
         self.traces = TraceStore(config.layer_count, settings.trace_bytes, settings.trace_s)
         self.stats = StepStats.create(settings.stats_file) if settings.stats_file else None
         self.version = 0
+        self._layers = config.layer_count
         self._sessions: dict[str, Session] = {}
         self._free_rows: list[int] = []
         self._planned = _Planned([], 0, 0)
@@ -85,7 +130,7 @@ class Sessions:
         for item, session in pairs:
             bar_Ln, again, new = self._bars(session, item)
             replayed += again
-            replays |= bool(np.isneginf(bar_Ln).any())
+            replays |= again > 0 and bool(np.isneginf(bar_Ln).any())
             asks |= bool(np.isfinite(bar_Ln).any())
             if new:
                 first = offset + len(item.tokens) - new
@@ -108,7 +153,7 @@ class Sessions:
             if self.settings.consensus and not plan.consensus:
                 bar_LN[np.isfinite(bar_LN)] = np.inf
                 asks = False
-            plan.bars_LN, plan.asks = bar_LN, asks
+            plan.bars_LN, plan.asks, plan.replays = bar_LN, asks, replays
         return plan
 
     def reads_tokens(self, request_id: str) -> bool:
@@ -139,7 +184,7 @@ class Sessions:
     def _bars(self, session: Session, item: Scheduled) -> tuple[np.ndarray, int, int]:
         """Bars of the item's tokens, and how many of them are columns again, and, at its end, new ones."""
         count = len(item.tokens)
-        bar_Ln = np.full((self.config.layer_count, count), np.inf, np.float32)
+        bar_Ln = np.full((self._layers, count), np.inf, np.float32)
         replayed, new = session.columns(item.first, count)
         if replayed:
             self.settle()
@@ -163,33 +208,32 @@ class Sessions:
 
     def settle(self, wait: bool = True) -> None:
         """Add what is known by now; wait: for all of it."""
+        known: list[tuple[_Planned, StepReport]] = []
         while self._waiting and (wait or self._waiting[0][1].ready):
             planned, report = self._waiting.popleft()
-            self._add(planned, report.result())
+            known.append((planned, report.result()))
+        for step in known:
+            self._count(*step)
+        # A request's columns of several steps are added at once.
+        found: dict[str, list[_Added]] = {}
+        for planned, report in known:
+            for part in planned.columns:
+                added = _Added.of(part, planned.version, report)
+                found.setdefault(part.session.request_id, []).append(added)
+        for request_id, added in found.items():
+            _Added.joined(added).add_to(self.traces, request_id)
 
-    def _add(self, planned: _Planned, report: StepReport) -> None:
-        columns = skipped = protected = 0
-        for part in planned.columns:
-            session, span = part.session, slice(part.first, part.first + part.count)
-            shown_nL = (report.prob_LN[:, span] * session.free_L[:, None]).T
-            if session.options.mode is GateMode.DENSE:
-                shown_nL = np.zeros_like(shown_nL)
-            skip_nL = report.skip_LN[:, span].T
-            self.traces.append(
-                session.request_id, skip_nL, shown_nL, planned.version,
-                np.array(part.protected, np.uint8),
-                None if report.closes_N is None else report.closes_N[span],
-                None if report.chunks_N is None else report.chunks_N[span],
-            )  # fmt: skip
-            columns += part.count
-            skipped += int(skip_nL.sum())
-            protected += sum(kind > 0 for kind in part.protected)
-        if self.stats is not None:
-            self.stats.add(
-                decode_tokens=columns, decode_layer_tokens=columns * self.config.layer_count,
-                skipped_layer_tokens=skipped, protected_tokens=protected, replayed_tokens=planned.replayed,
-                layers_entered=report.entered, layers_skipped_whole=report.passed_over,
-            )  # fmt: skip
+    def _count(self, planned: _Planned, report: StepReport) -> None:
+        if self.stats is None:
+            return
+        columns = sum(part.count for part in planned.columns)
+        protected = sum(kind > 0 for part in planned.columns for kind in part.protected)
+        skipped = sum(int(report.skip_LN[:, part.span].sum()) for part in planned.columns)
+        self.stats.add(
+            decode_tokens=columns, decode_layer_tokens=columns * self._layers,
+            skipped_layer_tokens=skipped, protected_tokens=protected, replayed_tokens=planned.replayed,
+            layers_entered=report.entered, layers_skipped_whole=report.passed_over,
+        )  # fmt: skip
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """These requests are over."""

@@ -22,7 +22,8 @@ class StepPlan:
     its tokens in front of the step, and in it.
     bars_LN: a token skips a layer iff its gate's probability reaches this (float32): τ for threshold gates, just
     above the noise for sampled ones, +inf where it must run, −inf where a replayed token skipped. None: nobody
-    can skip. asks: some bar is finite, so gates are computed. consensus: one decision for all tokens, by means.
+    can skip. asks: some bar is finite, so gates are computed. replays: some is −inf. consensus: one decision for all
+    tokens, by means.
     """
 
     row_R: np.ndarray
@@ -32,6 +33,7 @@ class StepPlan:
     device: torch.device
     bars_LN: np.ndarray | None = None
     asks: bool = False
+    replays: bool = False
     consensus: bool = False
 
     @cached_property

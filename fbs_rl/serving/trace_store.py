@@ -98,12 +98,12 @@ class TraceStore:
         request_id: str,
         skip_nL: np.ndarray,
         prob_nL: np.ndarray,
-        version: int,
+        version: int | np.ndarray,
         protected_n: np.ndarray | None = None,
         closes_n: np.ndarray | None = None,
         chunks_n: np.ndarray | None = None,
     ) -> None:
-        """n columns of one request; None stands for zeros.
+        """n columns of one request; None stands for zeros. version: one, or one a column.
 
         Raises ValueError for shapes that do not fit, KeyError for a request that does not run.
         """
@@ -138,7 +138,7 @@ class TraceStore:
         count: int,
         skip_nL: np.ndarray,
         prob_nL: np.ndarray,
-        version: int,
+        version: int | np.ndarray,
         protected_n: np.ndarray | None,
         closes_n: np.ndarray | None,
         chunks_n: np.ndarray | None,
