@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"worker_extension_cls": "collections.Counter"}, "worker_extension_cls is collections.Counter, but an FBS model"),
     ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls is vllm.v1.core.sched.scheduler.Sch"),
     ({"enable_prefix_caching": True}, "enable_prefix_caching cannot be used with a model that has a Chunk-Head"),
+    ({"additional_config": {"fbs": {"decode_path": "kernel"}}}, "decode_path is 'kernel', but vLLM runs on cpu here"),
     ({"additional_config": {"fbs": {"decode_pth": "x"}}}, "has no setting 'decode_pth'; did you mean 'decode_path'?"),
 ]  # fmt: skip
 
@@ -270,6 +272,28 @@ def test_several_api_servers_show_the_one_engine(
 ) -> None:
     found = there(of_several_servers, folders / "chunk", tmp_path)
     assert found == {"paths": 1, "shown": True}
+
+
+def steps_ahead(path: str, wished: bool | None, scheduler: str | None) -> bool:
+    """Whether an engine with these options prepares a step while the one in front runs."""
+    from fbs_rl.serving.engine_checks import _may_be_ahead
+
+    return _may_be_ahead(
+        SimpleNamespace(
+            additional_config={"fbs": {"decode_path": path}},
+            scheduler_config=SimpleNamespace(async_scheduling=wished, scheduler_cls=scheduler),
+        )
+    )
+
+
+def test_only_kernels_let_a_step_be_prepared_ahead(there: Callable[..., Any]) -> None:
+    """Unless somebody asks for the opposite, or brings a scheduler that cannot."""
+    plain, ahead = (f"fbs_rl.serving.scheduler.FBS{name}Scheduler" for name in ("", "Async"))
+    assert [there(steps_ahead, "kernel", wish, None) for wish in (None, True, False)] == [
+        True, True, False,
+    ]  # fmt: skip
+    assert [there(steps_ahead, "kernel", None, own) for own in (plain, ahead)] == [False, True]
+    assert not any(there(steps_ahead, path, None, None) for path in ("compact", "masked"))
 
 
 # --- documentation ------------------------------------------------------------------------------------

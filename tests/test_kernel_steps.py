@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -60,8 +62,11 @@ class Mirror:
 
 def with_kernels(llm: Any, **settings: Any) -> Any:
     """The engine's model, whose decode steps are the kernels' from now on."""
+    from fbs_rl.serving import kernel_steps
     from fbs_rl.serving.kernel_steps import KernelSteps
     from fbs_rl.serving.served_view import view_of
+
+    kernel_steps._TRACED = 7  # so that traces fill up
 
     outer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
     served = outer.model
@@ -151,6 +156,29 @@ def serve_changed_gates(folder: Path, parts: str) -> list[str]:
     model.model.forget_derived()
     outputs, traces = generate(llm, prompts, [12], [{"tau": 0.5}])
     return differences(model, prompts, outputs, traces, [{"tau": 0.5, "gates": "threshold"}])
+
+
+def fed_tokens(guarded: bool) -> list[int]:
+    """What a session is told of a step whose token the host has not seen yet."""
+    from fbs_rl.serving.runner import _scheduled
+
+    batch = SimpleNamespace(
+        req_ids=["one"], num_computed_tokens_cpu=np.array([3]), num_prompt_tokens=np.array([3]),
+        token_ids_cpu=np.array([[5, 6, 7, -1, 0]]), prev_sampled_token_ids=torch.tensor([[41], [42]]),
+        prev_req_id_to_index={"other": 0, "one": 1},
+    )  # fmt: skip
+    params = SimpleNamespace(extra_args=None)
+    runner = SimpleNamespace(
+        input_batch=batch,
+        query_start_loc=SimpleNamespace(np=np.array([0, 1])),
+        requests={"one": SimpleNamespace(sampling_params=params)},
+        fbs=SimpleNamespace(reads_tokens=lambda name: guarded),
+    )
+    return list(_scheduled(runner)[0].tokens)
+
+
+def test_a_token_on_its_way_is_asked_for_only_where_it_matters(there: Callable[..., Any]) -> None:
+    assert there(fed_tokens, True) == [42] and there(fed_tokens, False) == [-1]
 
 
 @needs_compiler

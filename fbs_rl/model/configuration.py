@@ -235,11 +235,11 @@ class FBSConfig(PreTrainedConfig):
     @property
     def gate_leaders(self) -> tuple[int, ...]:
         """Layers that hold a gate: gate_ahead layers before each block with a layer that may be skipped."""
-        starts = range(0, self.layer_count, self.gate_block)
+        # Asked often; a configuration's attributes are slow to read.
+        count, ahead, block = self.layer_count, self.gate_ahead, self.gate_block
         protected = self.protected_layers
-        return tuple(
-            s - self.gate_ahead for s in starts if not protected.issuperset(self._block(s))
-        )
+        blocks = (range(start, min(start + block, count)) for start in range(0, count, block))
+        return tuple(layers.start - ahead for layers in blocks if not protected.issuperset(layers))
 
     def _block(self, start: int) -> range:
         """The layers of the block that begins at `start`."""

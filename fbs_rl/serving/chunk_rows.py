@@ -34,6 +34,7 @@ class _Span:
     chunk_T: np.ndarray
     visible_T: np.ndarray
     open_size: int
+    _placed: _Placed | None = None
 
     @property
     def closed(self) -> int:
@@ -43,6 +44,47 @@ class _Span:
     @property
     def tokens(self) -> slice:
         return slice(self.first, self.first + len(self.chunk_T))
+
+    def placed(self, config: FBSConfig, device: torch.device) -> _Placed:
+        """Worked out by the first reader, the same for all: to bring numbers to the device waits for it."""
+        if self._placed is None:
+            self._placed = _Placed.of(self, config, device)
+        return self._placed
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """Of the M chunks that a span closes, and of the open one behind them.
+
+    own_T: each token's, from 0 on. size_M1: tokens of each. kept, kept_at: those that stay, and their places in the
+    ring. old_at: places of the chunks closed before that are still there. column_1TN: as in bias_columns, of those
+    and the M.
+    """
+
+    own_T: Tensor
+    size_M1: Tensor
+    kept: Tensor
+    kept_at: Tensor
+    old_at: Tensor
+    column_1TN: Tensor
+
+    @classmethod
+    def of(cls, span: _Span, config: FBSConfig, device: torch.device) -> _Placed:
+        cap, own_T = config.chunk_cache, span.chunk_T - span.closed
+        finished = int(own_T[-1])
+        size_M = np.bincount(own_T, minlength=finished + 1)
+        size_M[0] += span.open_size
+        own, size, visible = (
+            torch.from_numpy(x).to(device) for x in (own_T, size_M[:finished], span.visible_T)
+        )
+        kept = torch.arange(max(0, finished - cap), finished, device=device)
+        oldest = max(0, span.closed - cap)
+        chunk_N = torch.arange(oldest, span.closed + finished, device=device)
+        distance_1TN = (visible.unsqueeze(-1) - 1 - chunk_N).unsqueeze(0)
+        in_reach_1TN = (distance_1TN >= 0) & (distance_1TN < cap)
+        column = bias_columns(distance_1TN, in_reach_1TN, config.chunk_distance_buckets, cap)
+        old_at = torch.arange(oldest, span.closed, device=device) % cap
+        return cls(own, size.unsqueeze(-1), kept, (span.closed + kept) % cap, old_at, column)
 
 
 @dataclass(slots=True)
@@ -241,11 +283,9 @@ class ReaderPass:
         if self.step.singles is not None:
             return self._leave_singles(self.step.singles)
         for span, (key_MW, value_MW, open_d) in zip(self.step.spans, self.made, strict=True):
-            cap = self.rows.config.chunk_cache
-            kept = torch.arange(max(0, len(key_MW) - cap), len(key_MW), device=key_MW.device)
-            place = (span.closed + kept) % cap
-            self.rows.key[self.layer][span.row, place] = key_MW[kept]
-            self.rows.value[self.layer][span.row, place] = value_MW[kept]
+            placed = span.placed(self.rows.config, open_d.device)
+            self.rows.key[self.layer][span.row, placed.kept_at] = key_MW[placed.kept]
+            self.rows.value[self.layer][span.row, placed.kept_at] = value_MW[placed.kept]
             self.rows.open_sum[self.layer][span.row] = open_d
 
     # --- prompts ----------------------------------------------------------------------------------
@@ -253,32 +293,23 @@ class ReaderPass:
     def _summarise(self, span: _Span) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values [M, W] of the chunks that a request's tokens close, and the sum of the one left open."""
         sums = self.rows.open_sum[self.layer]
-        own_T = span.chunk_T - span.closed
-        finished = int(own_T[-1])
+        placed = span.placed(self.rows.config, sums.device)
+        finished = len(placed.size_M1)
         total_Md = torch.zeros(finished + 1, sums.shape[1], device=sums.device)
         total_Md[0] = sums[span.row]
-        own = torch.from_numpy(own_T).to(sums.device)
-        total_Md.index_add_(0, own, self.normed_Nd[span.tokens].float())
-        size_M = np.bincount(own_T, minlength=finished + 1)
-        size_M[0] += span.open_size
-        size_M1 = torch.from_numpy(size_M[:finished]).to(sums.device).unsqueeze(-1)
-        summary_MW = self.reader.summarise((total_Md[:finished] / size_M1).to(self.normed_Nd.dtype))
+        total_Md.index_add_(0, placed.own_T, self.normed_Nd[span.tokens].float())
+        mean_Md = total_Md[:finished] / placed.size_M1
+        summary_MW = self.reader.summarise(mean_Md.to(self.normed_Nd.dtype))
         return self.reader.key(summary_MW), self.reader.value(summary_MW), total_Md[finished]
 
     def _read_span(self, span: _Span, key_MW: Tensor, value_MW: Tensor) -> Tensor:
-        config, device = self.rows.config, key_MW.device
-        cap = config.chunk_cache
-        oldest = max(0, span.closed - cap)
-        place = torch.arange(oldest, span.closed, device=device) % cap
-        key = torch.cat((self.rows.key[self.layer][span.row, place], key_MW)).unsqueeze(0)
-        value = torch.cat((self.rows.value[self.layer][span.row, place], value_MW)).unsqueeze(0)
-        chunk_N = torch.arange(oldest, span.closed + len(key_MW), device=device)
-        visible_T1 = torch.from_numpy(span.visible_T).to(device).unsqueeze(-1)
-        distance_1TN = (visible_T1 - 1 - chunk_N).unsqueeze(0)
-        in_reach_1TN = (distance_1TN >= 0) & (distance_1TN < cap)
-        column = bias_columns(distance_1TN, in_reach_1TN, config.chunk_distance_buckets, cap)
+        placed = span.placed(self.rows.config, key_MW.device)
+        key, value = (
+            torch.cat((table[self.layer][span.row, placed.old_at], new_MW)).unsqueeze(0)
+            for table, new_MW in ((self.rows.key, key_MW), (self.rows.value, value_MW))
+        )
         normed_1Td = self.normed_Nd[span.tokens].unsqueeze(0)
-        return self.reader.attend(normed_1Td, key, value, column)[0]
+        return self.reader.attend(normed_1Td, key, value, placed.column_1TN)[0]
 
     # --- decoded tokens ---------------------------------------------------------------------------
 

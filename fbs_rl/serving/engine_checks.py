@@ -108,8 +108,11 @@ def _refuse_graphs(settings: ServingSettings) -> None:
                 f"fbs.{name} is {getattr(settings, name)!r}, but vLLM runs on {current_platform.device_type} here; "
                 f"leave it out"
             )
-    if settings.decode_path == "kernel":
-        check_cuda()
+    if asked["decode_path"]:
+        try:
+            check_cuda()
+        except ValueError as error:
+            raise ValueError(f"fbs.decode_path is 'kernel': {error}") from None
     if settings.graphs == "branches":
         check_bindings()
 

@@ -11,7 +11,7 @@ T steps of a trace, G key heads, P pages of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,14 +41,16 @@ _COUNTS = ("closed", "open_size", "continuable")  # of ChunkRows and of ChunkBuf
 @dataclass(slots=True)
 class _Kernel:
     """One number of rows. made: which a captured launch reads, so it is kept as long. row_R: whose memory it holds;
-    empty: nobody's. bars: that it was last told."""
+    empty: nobody's. before_R: the position that each of them feeds next. told: bars that it was last told, with the
+    number of rows."""
 
     made: StepProgram
     page_BP: Tensor
     replay: Callable[[], None]
     trace: KernelTrace
     row_R: tuple[int, ...] = ()
-    bars: bytes = b""
+    before_R: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    told: tuple[int, np.ndarray | None] | None = None
 
     @property
     def writer(self) -> StepWriter:
@@ -102,25 +104,26 @@ class KernelSteps:
         count, rows = len(id_R), self._rows_for(len(id_R))
         assert rows is not None
         kernel = self._kernels[rows]
-        row_R = tuple(plan.row_R.tolist())
-        if kernel is not self._resident or kernel.row_R != row_R:
+        row_R, writer = tuple(plan.row_R.tolist()), kernel.writer
+        goes_on = kernel is self._resident and kernel.row_R == row_R
+        if not goes_on or not np.array_equal(kernel.before_R, plan.before_R):
             self.leave()
             self._enter(kernel, row_R)
-        writer = kernel.writer
-        tokens = writer.tokens
-        for target_B, source_R in ((tokens.token_B, id_R), (tokens.position_B, position_R)):
-            target_B[:count].copy_(source_R)
-        if count < rows:
-            tokens.position_B[count:].zero_()
+            writer.tokens.position_B[:count].copy_(position_R)
+            self._tell_pages(kernel, batch, count)
+        elif (plan.before_R % batch.page == 0).any():  # some row goes on in a new page
+            self._tell_pages(kernel, batch, count)
+        if count < rows:  # the kernel moves all rows on
+            writer.tokens.position_B[count:].zero_()
             if writer.layers.length_LBG is not None:
                 writer.layers.length_LBG[:, count:].zero_()
+        writer.tokens.token_B[:count].copy_(id_R)
         self._tell_bars(kernel, plan.bars_LN, count)
-        pages_RP = batch.block_RP[:count, : kernel.page_BP.shape[1]]
-        kernel.page_BP[:count, : pages_RP.shape[1]].copy_(pages_RP)
         step = kernel.trace.next(count)
         kernel.replay()
+        kernel.before_R = plan.before_R + 1
         self.steps += 1
-        return writer.entering(self._layers)[:count], tokens.logits_BV[:count], step
+        return writer.entering(self._layers)[:count], writer.tokens.logits_BV[:count], step
 
     def leave(self) -> None:
         """Put back what steps carry, before other steps need it or their requests are over."""
@@ -130,19 +133,21 @@ class KernelSteps:
         row_R, count, writer = list(kernel.row_R), len(kernel.row_R), kernel.writer
         kernel.row_R = ()
         kernel.trace.end()
-        if writer.layers.length_LBG is not None:
-            lengths_LR = writer.layers.length_LBG[:, :count, 0].cpu().numpy()
-            self.model.entries[:, row_R] = lengths_LR
+        lengths = writer.layers.length_LBG
+        self.model.entries[:, row_R] = (
+            kernel.before_R if lengths is None else lengths[:, :count, 0].cpu().numpy()
+        )
         chunks, held = writer.chunks, self.model.chunk_rows
         if chunks is None or held is None:
             return
+        at = _places(row_R, held.device)
         for name in _COUNTS:
             table = getattr(held, name)
-            table[row_R] = getattr(chunks, f"{name}_B")[:count].to(table.dtype)
+            table[at] = getattr(chunks, f"{name}_B")[:count].to(table.dtype)
         for layer, (keys, values, sum_Bd) in chunks.rings.items():
-            held.key[layer][row_R, :-1] = keys[:count]
-            held.value[layer][row_R, :-1] = values[:count]
-            held.open_sum[layer][row_R] = sum_Bd[:count]
+            held.key[layer][at, :-1] = keys[:count]
+            held.value[layer][at, :-1] = values[:count]
+            held.open_sum[layer][at] = sum_Bd[:count]
 
     def copy_weights(self, previews: bool) -> None:
         """Follow a change of the model's weights in place."""
@@ -177,26 +182,30 @@ class KernelSteps:
             lengths[:, :count] = entry_LR.to(lengths).unsqueeze(-1)
         chunks, held = writer.chunks, self.model.chunk_rows
         if chunks is not None and held is not None:
+            at = _places(rows, held.device)
             for name in _COUNTS:
                 target_B = getattr(chunks, f"{name}_B")
                 target_B.zero_()
-                target_B[:count] = getattr(held, name)[rows].to(target_B.dtype)
+                target_B[:count] = getattr(held, name)[at].to(target_B.dtype)
             for layer, (keys, values, sum_Bd) in chunks.rings.items():
-                keys[:count] = held.key[layer][rows, :-1]
-                values[:count] = held.value[layer][rows, :-1]
-                sum_Bd[:count] = held.open_sum[layer][rows]
+                keys[:count] = held.key[layer][at, :-1]
+                values[:count] = held.value[layer][at, :-1]
+                sum_Bd[:count] = held.open_sum[layer][at]
         kernel.row_R, self._resident = row_R, kernel
+
+    def _tell_pages(self, kernel: _Kernel, batch: PagedBatch, count: int) -> None:
+        pages_RP = batch.block_RP[:count, : kernel.page_BP.shape[1]]
+        kernel.page_BP[:count, : pages_RP.shape[1]].copy_(pages_RP)
 
     def _tell_bars(self, kernel: _Kernel, bars_LR: np.ndarray | None, count: int) -> None:
         """Idle rows skip whatever they can, so that no layer is read for them."""
+        if kernel.told is not None and kernel.told[0] == count and _same(kernel.told[1], bars_LR):
+            return
         bar_LB = kernel.writer.gates.bar_LB
         assert bar_LB is not None
         bars_LB = np.full(tuple(bar_LB.shape), -np.inf, np.float32)
         bars_LB[:, :count] = np.inf if bars_LR is None else bars_LR[self._bar_of]
-        told = bars_LB.tobytes()
-        if told == kernel.bars:
-            return
-        kernel.bars, found = told, torch.from_numpy(bars_LB)
+        kernel.told, found = (count, bars_LR), torch.from_numpy(bars_LB)
         if bar_LB.is_cuda:
             found = found.pin_memory()
         bar_LB.copy_(found, non_blocking=True)
@@ -221,6 +230,22 @@ class KernelSteps:
         work()  # compiles and reserves what a capture must not; all rows are idle
         writer.tokens.step.zero_()
         return _Kernel(made, page_BP, self.recorder.record(work), KernelTrace(writer))
+
+
+def _places(rows: list[int], device: torch.device) -> slice | Tensor:
+    """To index per-request memory with, without waiting for the device."""
+    if len(rows) == 1:
+        return slice(rows[0], rows[0] + 1)
+    index = torch.tensor(rows)
+    if device.type == "cuda":
+        index = index.pin_memory()
+    return index.to(device, non_blocking=True)
+
+
+def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or np.array_equal(one, other)
 
 
 def _entries(pages: Sequence[Tensor], view: FBSForCausalLM) -> tuple[list[Tensor], list[Tensor]]:

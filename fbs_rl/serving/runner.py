@@ -30,15 +30,15 @@ class FBSRunnerMixin:
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Called once for each real step, right around the model; profiling runs call the model itself."""
         runner: Any = self
-        model, parent = runner.get_model().model, super()
+        turn, parent = runner.get_model().model.turn, super()
         runner.fbs.settle(wait=False)
-        model.plan = runner.fbs.plan(_scheduled(runner))
+        turn.plan = runner.fbs.plan(_scheduled(runner))
         try:
             out = parent._model_forward(*args, **kwargs)  # pyright: ignore
-            runner.fbs.keep(model.report)
+            runner.fbs.keep(turn.report)
             return out
         finally:
-            model.plan = model.report = None
+            turn.plan = turn.report = None
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         runner, parent = self, super()

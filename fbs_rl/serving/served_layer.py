@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import (
@@ -62,6 +63,14 @@ def silu_and_multiply(gate_up_NX: Tensor) -> Tensor:
     return out
 
 
+def product(linear: Any, input_NX: Tensor) -> Tensor:
+    """What one of vLLM's linear modules makes. On a GPU, where launching takes longer than most products, without its
+    detours: weights are neither packed nor quantised nor cut over devices there."""
+    if input_NX.is_cuda:
+        return F.linear(input_NX, linear.weight.data, linear.bias)
+    return linear(input_NX)[0]
+
+
 class ServedAttention(nn.Module):
     """Projections, rotary positions and the paged cache of one layer."""
 
@@ -103,7 +112,7 @@ class ServedAttention(nn.Module):
         self, input_Nd: Tensor, position_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [N, H·D] and keys, values [N, G·D] of the same tokens."""
-        query, key, value = self.qkv_proj(input_Nd)[0].split(self.widths, dim=-1)
+        query, key, value = product(self.qkv_proj, input_Nd).split(self.widths, dim=-1)
         if self.norms_heads:
             query, key = self._per_head(query, self.q_norm), self._per_head(key, self.k_norm)
         query, rotated = self.rotary_emb(position_N, query, key)
@@ -112,7 +121,7 @@ class ServedAttention(nn.Module):
 
     def keys_values(self, input_Nd: Tensor, position_N: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated keys and values alone."""
-        key, value = self.kv_proj(input_Nd)[0].chunk(2, dim=-1)
+        key, value = product(self.kv_proj, input_Nd).chunk(2, dim=-1)
         # As a query: not every kernel takes keys without, or queries that lie between other numbers.
         key = self._per_head(key, self.k_norm) if self.norms_heads else key.contiguous()
         key, _ = self.rotary_emb(position_N, key, None)
@@ -159,9 +168,9 @@ class ServedLayer(nn.Module):
 
     def finish(self, state_Nd: Tensor, attended_NX: Tensor) -> Tensor:
         """The layer's output from its (injected) input and what attention read."""
-        state_Nd = state_Nd + self.self_attn.o_proj(attended_NX)[0]
-        gate_up_NX = self.mlp.gate_up_proj(self.post_attention_layernorm(state_Nd))[0]
-        return state_Nd + self.mlp.down_proj(silu_and_multiply(gate_up_NX))[0]
+        state_Nd = state_Nd + product(self.self_attn.o_proj, attended_NX)
+        gate_up_NX = product(self.mlp.gate_up_proj, self.post_attention_layernorm(state_Nd))
+        return state_Nd + product(self.mlp.down_proj, silu_and_multiply(gate_up_NX))
 
 
 def raw_weights(layer: ServedLayer) -> dict[str, Tensor]:

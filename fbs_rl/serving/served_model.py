@@ -37,7 +37,7 @@ from fbs_rl.serving.paged_attention import PagedBatch
 from fbs_rl.serving.served_layer import Norm, ServedLayer, rms_norm
 from fbs_rl.serving.served_view import view_of
 from fbs_rl.serving.serving_settings import ServingSettings
-from fbs_rl.serving.step_plan import Reported, StepPlan, StepReport
+from fbs_rl.serving.step_plan import StepPlan, StepReport, StepTurn
 from fbs_rl.types import KVPolicy
 
 _GRAPH_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")  # whose metadata say nothing but lengths and pages
@@ -74,13 +74,11 @@ class ServedModel(nn.Module):
         dtype, device = self._ones.dtype, self._ones.device
         self.chunk_rows = ChunkRows(config, dtype, device) if config.chunk else None
         self.entries = np.zeros((config.layer_count, 0), np.int64)  # per layer and request row
-        self.plan: StepPlan | None = None  # set by the runner around each real step
-        self.report: Reported | None = None
+        self.turn = StepTurn()  # apart: a module's own attributes are slow to set
         self.native: NativeWalk | None = None  # set once weights are there
         self.branches: Branches = Always()
         self.graphs: DecodeGraphs | None = None
         self.kernels: KernelSteps | None = None  # set once weights and pages are there
-        self.logits_RV: Tensor | None = None  # of the step, where it made them itself
         self.longest = vllm_config.model_config.max_model_len
         self.rows_at_once = 0  # for which there is memory from the start
         if self.settings.graphs != "none":
@@ -106,11 +104,11 @@ class ServedModel(nn.Module):
     def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:  # fmt: skip
         """Final normed states [N, d] of the step's tokens, padding included."""
         attention: Any = self.layers[0].self_attn
-        batch = PagedBatch.current(attention.attn, self.page, self.plan)
+        batch = PagedBatch.current(attention.attn, self.page, self.turn.plan)
         if batch is None:
             state = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             return self.norm(self._without_cache(state, positions))
-        plan, tokens = self.plan, len(batch.slot_N)
+        plan, tokens = self.turn.plan, len(batch.slot_N)
         assert plan is not None
         assert input_ids is not None, "prompts as embeddings are refused"
         kernels = self.kernels
@@ -130,8 +128,8 @@ class ServedModel(nn.Module):
         """Final normed states of a step's tokens, by the way that suits it; leaves its report. kernels: which take it;
         they leave logits too, and the states as they were before the norm."""
         if kernels is not None:
-            found_Nd, self.logits_RV, self.report = kernels.run(id_N, position_N, plan, batch)
-            self.entries[:, plan.row_R] += 1  # under `noop` the kernels count for themselves
+            turn = self.turn
+            found_Nd, turn.logits_RV, turn.report = kernels.run(id_N, position_N, plan, batch)
             return found_Nd
         entry_LR = self.entries[:, plan.row_R]
         if self._has_graph(plan, batch):
@@ -151,7 +149,7 @@ class ServedModel(nn.Module):
             self._keep(plan, found.report())
         else:
             walk = CompactWalk(self, plan, batch, position_N, entry_LR)
-            state_Nd, self.report = walk.run(state_Nd)
+            state_Nd, self.turn.report = walk.run(state_Nd)
             self.entries[:, plan.row_R] = walk.entry_LR
         return self.norm(state_Nd)
 
@@ -163,19 +161,21 @@ class ServedModel(nn.Module):
 
     def _keep(self, plan: StepPlan, report: StepReport) -> None:
         """The report of a step of one token each; under `project` every token leaves an entry in every layer."""
-        self.report = report
+        self.turn.report = report
         projects = self.config.kv_on_skip == KVPolicy.PROJECT
         self.entries[:, plan.row_R] += 1 if projects else ~report.skip_LN
 
     def _restart(self, plan: StepPlan, batch: PagedBatch) -> None:
         """Memory for the step's requests; those that begin have what lies in the cache before their tokens."""
-        if plan.restart_R.any() and self.kernels is not None:
+        restart = plan.restart_R
+        if not restart.any():
+            return
+        if self.kernels is not None:
             self.kernels.leave()
         rows = int(plan.row_R.max()) + 1
         if rows > self.entries.shape[1]:
             added = np.zeros((len(self.entries), max(rows, 8)), np.int64)
             self.entries = np.concatenate([self.entries, added], axis=1)
-        restart = plan.restart_R
         self.entries[:, plan.row_R[restart]] = batch.before_R[restart]
         if self.chunk_rows is not None:
             if self.chunk_rows.reserve(max(rows, self.rows_at_once)) and self.graphs is not None:
@@ -302,7 +302,8 @@ class FBSForCausalLM(nn.Module):
         return self.model(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        made, self.model.logits_RV = self.model.logits_RV, None
+        turn = self.model.turn
+        made, turn.logits_RV = turn.logits_RV, None
         if made is not None:
             return made
         if self.model.native is not None:

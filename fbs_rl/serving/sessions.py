@@ -147,11 +147,11 @@ class Sessions:
         )
         plan = StepPlan(rows_R, np.array(restart), before_R, length_R, self.device)
         if asks or replays:
-            bar_LN = np.concatenate(bars, axis=1)
+            bar_LN = bars[0] if len(bars) == 1 else np.concatenate(bars, axis=1)
             # One decision for all is possible only where all decode; else the layer runs for the others anyway.
             plan.consensus = self.settings.consensus and bar_LN.shape[1] == len(rows_R)
             if self.settings.consensus and not plan.consensus:
-                bar_LN[np.isfinite(bar_LN)] = np.inf
+                bar_LN = np.where(np.isfinite(bar_LN), np.float32(np.inf), bar_LN)
                 asks = False
             plan.bars_LN, plan.asks, plan.replays = bar_LN, asks, replays
         return plan
@@ -184,8 +184,11 @@ class Sessions:
     def _bars(self, session: Session, item: Scheduled) -> tuple[np.ndarray, int, int]:
         """Bars of the item's tokens, and how many of them are columns again, and, at its end, new ones."""
         count = len(item.tokens)
-        bar_Ln = np.full((self._layers, count), np.inf, np.float32)
         replayed, new = session.columns(item.first, count)
+        if new == count and not replayed:
+            position_n = np.arange(item.first, item.first + count)
+            return session.bars(position_n, list(item.tokens), self.config), 0, new
+        bar_Ln = np.full((self._layers, count), np.inf, np.float32)
         if replayed:
             self.settle()
             column = max(item.first, session.decode_start) - session.decode_start
@@ -237,8 +240,9 @@ class Sessions:
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """These requests are over."""
-        if request_ids:
-            self.settle()
+        if not request_ids:
+            return
+        self.settle()
         for request_id in request_ids:
             session = self._sessions.pop(request_id, None)
             if session is None:

@@ -74,3 +74,13 @@ class Reported(Protocol):
     def result(self) -> StepReport:
         """Waits for it."""
         ...
+
+
+@dataclass(slots=True)
+class StepTurn:
+    """What the runner and the model hand each other around a step: its plan, and then its report. logits_RV: of the
+    step, where it made them itself."""
+
+    plan: StepPlan | None = None
+    report: Reported | None = None
+    logits_RV: Tensor | None = None
