@@ -82,19 +82,20 @@ def with_kernels(llm: Any, **settings: Any) -> Any:
             mirror.take_back()
             return found
 
-    served.kernels = Mirrored(served, view, 256, Again(), EmulatedLauncher)
+    served.kernels = Mirrored(served, view, served.longest, Again(), EmulatedLauncher)
     served.kernels.prepare(mirror.copies)
     return served
 
 
 def serve(
-    folder: Path, family: str = "llama", sampled: bool = False, consensus: bool = False, **options: Any
+    folder: Path, family: str = "llama", sampled: bool = False, blocks: int | None = None, **options: Any
 ) -> dict[str, Any]:  # fmt: skip
+    """blocks: pages of the cache; few of them make vLLM drop requests and begin them anew."""
     model = make_folder(folder, family, **options)
-    llm = start(folder, max_num_seqs=3)
-    served = with_kernels(llm, **({"batch": "consensus"} if consensus else {}))
+    llm = start(folder, max_num_seqs=3, num_gpu_blocks_override=blocks, max_model_len=160)
+    served = with_kernels(llm)
     prompts = random_prompts(1, _LENGTHS)
-    counts = [8 + 4 * i for i in range(len(prompts))]
+    counts = [8, 12, 16, 20, 24] if blocks is None else [28, 28, 28, 4, 4]
     # The third and the last skip nothing: the last is alone at the end, in steps without gates.
     ours: list[dict[str, Any]] = [
         {"gate_seed": 7 + i} if sampled else {"tau": 0.5} for i in range(len(prompts))
@@ -103,12 +104,14 @@ def serve(
     ours[3]["never_skip"] = [2]
     mode = {"gates": "sample" if sampled else "threshold"}
     gates = [{**mode, **given} for given in ours]
-    wrong = differences(model, prompts, *generate(llm, prompts, counts, ours), gates)
+    outputs, traces = generate(llm, prompts, counts, ours)
+    wrong = differences(model, prompts, outputs, traces, gates)
     many = served.kernels.steps
     alone = generate(llm, prompts[:1], [12], ours[:1])
     return {
         "wrong": wrong + differences(model, prompts[:1], *alone, gates[:1]),
         "steps": (many, served.kernels.steps - many),
+        "replayed": sum(trace.replayed_tokens for trace in traces),
         "skip": alone[1][0].skip_TL.mean(),
     }
 
@@ -124,6 +127,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "noop, identity": {**NOOP},
     "noop, adapter, sampled": {"kv_on_skip": "noop", "sampled": True},
     "no chunks": {"chunk": False},
+    "blocks of two": {"gate_block": 2, "never_skip": (-1,)},
+    "few pages": {"blocks": 6},
+    "few pages, noop": {**NOOP, "blocks": 6},
 }
 
 
@@ -135,9 +141,35 @@ def test_kernels_on_pages_give_the_referees_tokens_and_actions(
     """Rows come and go, prompts come between, and some rows are idle in a kernel for more of them."""
     found = there(serve, tmp_path / "model", **SCENARIOS[name])
     assert found["wrong"] == []
+    assert (found["replayed"] > 0) == ("blocks" in SCENARIOS[name])
     many, alone = found["steps"]
     assert many > 20 and alone == 12  # its prompt is a single token, too
     assert 0.1 < found["skip"] < 0.9
+
+
+def serve_consensus(folder: Path) -> dict[str, Any]:
+    """The same requests before there are kernels and with them, all rows of a step deciding together."""
+    make_folder(folder, gate_ahead=1)
+    llm = start(folder, max_num_seqs=3, additional_config={"fbs": {"batch": "consensus"}})
+    prompts, ours = random_prompts(4, [20] * 3), [{"tau": tau} for tau in (0.4, 0.5, 0.55)]
+    wanted = generate(llm, prompts, [20, 20, 15], ours)
+    served = with_kernels(llm)
+    found = generate(llm, prompts, [20, 20, 15], ours)
+    pairs = list(zip(wanted[1], found[1], strict=True))
+    return {
+        "tokens": wanted[0] == found[0],
+        "actions": all(np.array_equal(one.skip_TL, other.skip_TL) for one, other in pairs),
+        "skip": float(found[1][0].skip_TL.mean()),
+        "steps": served.kernels.steps,
+    }
+
+
+@needs_compiler
+def test_kernels_decide_for_all_rows_by_the_mean(there: Callable[..., Any], tmp_path: Path) -> None:
+    """Two rows are no kernel's (idle ones would have a part in the mean): the last steps go the other way."""
+    found = there(serve_consensus, tmp_path / "model")
+    assert found["tokens"] and found["actions"] and 0.1 < found["skip"] < 0.9
+    assert found["steps"] == 14
 
 
 def serve_changed_gates(folder: Path, parts: str) -> list[str]:
