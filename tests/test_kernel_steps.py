@@ -18,7 +18,14 @@ from torch import Tensor
 
 from fbs_rl.serving.serving_settings import ServingSettings
 from tests.cuda_emulator import COMPILER, EmulatedLauncher
-from tests.served_engine import changed_gates, differences, generate, random_prompts, start
+from tests.served_engine import (
+    changed_gates,
+    differences,
+    generate,
+    random_prompts,
+    served_model,
+    start,
+)
 from tests.served_tiny import make_folder
 from tests.test_decode_graphs import Again
 from tests.tiny import NOOP
@@ -170,6 +177,24 @@ def test_kernels_decide_for_all_rows_by_the_mean(there: Callable[..., Any], tmp_
     found = there(serve_consensus, tmp_path / "model")
     assert found["tokens"] and found["actions"] and 0.1 < found["skip"] < 0.9
     assert found["steps"] == 14
+
+
+def complaint_of_backend(folder: Path) -> str:
+    make_folder(folder)
+    served = served_model(start(folder))
+    served.settings = dataclasses.replace(served.settings, decode_path="kernel")
+    try:
+        served._check_backend()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_pages_of_another_order_are_refused(there: Callable[..., Any], tmp_path: Path) -> None:
+    said = there(complaint_of_backend, tmp_path / "model")
+    assert (
+        "fbs.decode_path is 'kernel', which the attention backend CPU_ATTN cannot be used" in said
+    )
 
 
 def serve_changed_gates(folder: Path, parts: str) -> list[str]:

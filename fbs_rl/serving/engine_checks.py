@@ -101,14 +101,13 @@ def _in_kernels(vllm_config: Any) -> bool:
 
 def _refuse_graphs(settings: ServingSettings) -> None:
     """Raise ValueError, in one sentence, where the plugin's CUDA graphs or kernels cannot be."""
-    asked = {"graphs": settings.graphs != "none", "decode_path": settings.decode_path == "kernel"}
-    for name in (name for name, wanted in asked.items() if wanted):
+    for name in settings.of_cuda:
         if not current_platform.is_cuda():
             raise ValueError(
                 f"fbs.{name} is {getattr(settings, name)!r}, but vLLM runs on {current_platform.device_type} here; "
                 f"leave it out"
             )
-    if asked["decode_path"]:
+    if settings.decode_path == "kernel":
         try:
             check_cuda()
         except ValueError as error:

@@ -40,7 +40,8 @@ from fbs_rl.serving.serving_settings import ServingSettings
 from fbs_rl.serving.step_plan import StepPlan, StepReport, StepTurn
 from fbs_rl.types import KVPolicy
 
-_GRAPH_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")  # whose metadata say nothing but lengths and pages
+# Whose metadata say nothing but lengths and pages, and whose pages hold [key heads, entries, key and value].
+_GRAPH_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 _STACKED: dict[str, tuple[str, str | int]] = {
     "q_proj": ("qkv_proj", "q"),
     "k_proj": ("qkv_proj", "k"),
@@ -81,16 +82,22 @@ class ServedModel(nn.Module):
         self.kernels: KernelSteps | None = None  # set once weights and pages are there
         self.longest = vllm_config.model_config.max_model_len
         self.rows_at_once = 0  # for which there is memory from the start
+        self._check_backend()
         if self.settings.graphs != "none":
             self._prepare_graphs(vllm_config, dtype)
 
-    def _prepare_graphs(self, vllm_config: VllmConfig, dtype: torch.dtype) -> None:
+    def _check_backend(self) -> None:
+        """Raise ValueError, in one sentence, for graphs or kernels beside a backend that they do not know."""
         backend: str = next(self.served_layers()).self_attn.attn.attn_backend.get_name()
-        if backend not in _GRAPH_BACKENDS:
-            raise ValueError(
-                f"fbs.graphs is {self.settings.graphs!r}, which the attention backend {backend} cannot be used with; "
-                f"set attention_backend to one of {', '.join(_GRAPH_BACKENDS)}, or leave it out"
-            )
+        for name in self.settings.of_cuda:
+            if backend not in _GRAPH_BACKENDS:
+                raise ValueError(
+                    f"fbs.{name} is {getattr(self.settings, name)!r}, which the attention backend {backend} "
+                    f"cannot be used with; set attention_backend to one of {', '.join(_GRAPH_BACKENDS)}, "
+                    f"or leave it out"
+                )
+
+    def _prepare_graphs(self, vllm_config: VllmConfig, dtype: torch.dtype) -> None:
         if self.settings.graphs == "branches":
             self.branches = ConditionalNodes(dtype)
         self.graphs = DecodeGraphs(self, self.longest, CudaRecorder(), self.branches)

@@ -62,6 +62,12 @@ class ServingSettings:
     def consensus(self) -> bool:
         return self.batch == "consensus"
 
+    @property
+    def of_cuda(self) -> list[str]:
+        """Names of the settings that ask for what only CUDA has."""
+        asked = {"graphs": self.graphs != "none", "decode_path": self.decode_path == "kernel"}
+        return [name for name, wanted in asked.items() if wanted]
+
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> ServingSettings:
         """Raises ValueError, in one sentence, for a name that does not exist or a value that cannot work."""
