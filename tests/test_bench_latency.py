@@ -105,7 +105,8 @@ def test_an_engine_that_cannot_start_says_why(capfd: pytest.CaptureFixture[str])
     assert main(words("latency", "--engines", "vllm-fbs", "--serving", "decode_path=fast")) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.splitlines()[-1] == (
-        "bench: the engine vllm-fbs could not start: fbs.decode_path is 'fast'; it must be one of compact, masked"
+        "bench: the engine vllm-fbs could not start: fbs.decode_path is 'fast'; "
+        "it must be one of compact, masked, kernel"
     )
 
 

@@ -29,7 +29,7 @@ from fbs_rl.serving.decode_graphs import CudaRecorder, Recorder
 from fbs_rl.serving.kernel_trace import KernelTrace, TracedStep
 from fbs_rl.serving.paged_attention import PagedBatch, cache_of
 from fbs_rl.serving.step_plan import StepPlan
-from fbs_rl.types import GateMode, KVPolicy
+from fbs_rl.types import GateMode
 
 if TYPE_CHECKING:
     from fbs_rl.serving.served_model import ServedModel
@@ -71,7 +71,6 @@ class KernelSteps:
         self.model, self.view, self.longest = model, view, longest
         self.recorder = CudaRecorder() if recorder is None else recorder
         self.make_launcher = make_launcher
-        self.projects = model.config.kv_on_skip == KVPolicy.PROJECT
         config = model.config
         self._layers, self._block = config.layer_count, config.gate_block
         self._free = sorted(set(range(config.layer_count)) - config.protected_layers)
