@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fbs_rl.gate_bundle import GateBundle, GateParts, gate_tensors
+from fbs_rl.gate_bundle import GateBundle, GateParts, apply_bundle, gate_tensors
 from tests.served_tiny import make_folder, referee
 from tests.tiny import VOCAB
 
@@ -127,3 +127,20 @@ def padded(skip_TL: torch.Tensor, prompt: int) -> torch.Tensor:
     none = skip_TL.new_zeros
     whole = torch.cat((none(prompt, skip_TL.shape[1]), skip_TL, none(1, skip_TL.shape[1])))
     return whole.T.unsqueeze(1)
+
+
+def exchange_gates(llm: Any, model: Any, parts: str) -> None:
+    """Other gates for the engine and for the model that it is held against."""
+    from fbs_rl.serving.client import update_gates
+
+    bundle = changed_gates(model, 1, parts)
+    update_gates(llm, bundle)
+    apply_bundle({**dict(model.named_parameters()), **dict(model.named_buffers())}, bundle)
+    model.model.forget_derived()
+
+
+class Again:
+    """A recorder: it runs the work itself."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work

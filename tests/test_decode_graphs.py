@@ -16,21 +16,15 @@ from fbs_rl.serving.serving_settings import ServingSettings
 from tests.served_engine import (
     LENGTHS,
     MASKED,
-    changed_gates,
+    Again,
     differences,
+    exchange_gates,
     generate,
     random_prompts,
     start,
 )
 from tests.served_tiny import make_folder
 from tests.tiny import NOOP
-
-
-class Again:
-    """A recorder: it runs the work itself."""
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        return work
 
 
 class Looking:
@@ -109,22 +103,14 @@ def test_replayed_steps_give_the_referees_tokens_and_actions(
 
 def serve_changed_gates(folder: Path, parts: str) -> dict[str, Any]:
     """Graphs of one version of the gates, asked after an update."""
-    from fbs_rl.gate_bundle import apply_bundle
-    from fbs_rl.serving.client import update_gates
-
     model = make_folder(folder)
     llm = start(folder, additional_config=MASKED)
     served = with_graphs(llm)
     prompts = random_prompts(2, LENGTHS[:2])
     generate(llm, prompts, [8, 8], [{"tau": 0.5}] * 2)
     kept = len(served.graphs._graphs)
-    bundle = changed_gates(model, 1, parts)
-    update_gates(llm, bundle)
+    exchange_gates(llm, model, parts)
     left = len(served.graphs._graphs)
-    apply_bundle({**dict(model.named_parameters()), **dict(model.named_buffers())}, bundle)
-    for part in (model.model.preview, *(layer.paw for layer in model.model.fbs_layers())):
-        if part is not None:
-            part.forget_derived()
     outputs, traces = generate(llm, prompts, [20, 20], [{"tau": 0.5}] * 2)
     gates = [{"tau": 0.5, "gates": "threshold"}] * 2
     return {

@@ -19,15 +19,15 @@ from torch import Tensor
 from fbs_rl.serving.serving_settings import ServingSettings
 from tests.cuda_emulator import COMPILER, EmulatedLauncher
 from tests.served_engine import (
-    changed_gates,
+    Again,
     differences,
+    exchange_gates,
     generate,
     random_prompts,
     served_model,
     start,
 )
 from tests.served_tiny import make_folder
-from tests.test_decode_graphs import Again
 from tests.tiny import NOOP
 
 ROWS = (1, 3)
@@ -199,18 +199,12 @@ def test_pages_of_another_order_are_refused(there: Callable[..., Any], tmp_path:
 
 def serve_changed_gates(folder: Path, parts: str) -> list[str]:
     """One version of the gates and then another, in kernels that keep copies of them."""
-    from fbs_rl.gate_bundle import apply_bundle
-    from fbs_rl.serving.client import update_gates
-
     model = make_folder(folder)
     llm = start(folder, max_num_seqs=1)
     with_kernels(llm)
     prompts = random_prompts(2, (40,))
     generate(llm, prompts, [3], [{"tau": 0.5}])
-    bundle = changed_gates(model, 1, parts)
-    update_gates(llm, bundle)
-    apply_bundle({**dict(model.named_parameters()), **dict(model.named_buffers())}, bundle)
-    model.model.forget_derived()
+    exchange_gates(llm, model, parts)
     outputs, traces = generate(llm, prompts, [12], [{"tau": 0.5}])
     return differences(model, prompts, outputs, traces, [{"tau": 0.5, "gates": "threshold"}])
 

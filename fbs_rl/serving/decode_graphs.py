@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fbs_rl.serving.masked_walk import Branches, FixedFound, FixedStep, MaskedWalk, report_of
+from fbs_rl.serving.masked_walk import Branches, FixedFound, FixedStep, MaskedWalk
 from fbs_rl.serving.paged_attention import PagedBatch
 from fbs_rl.serving.step_plan import StepPlan, StepReport
 
@@ -143,9 +143,9 @@ class DecodeGraphs:
         skip_LR = data[prob_LR.nbytes :][: layers * rows].view(np.bool_).reshape(layers, rows)
         rest = data[prob_LR.nbytes + skip_LR.nbytes :]
         if not len(rest):
-            return report_of(skip_LR, prob_LR, None, None)
+            return StepReport.of(skip_LR, prob_LR, None, None)
         closes_R, chunks_R = rest[:rows].view(np.bool_), rest[rows:].copy().view(np.int32)
-        return report_of(skip_LR, prob_LR, closes_R, chunks_R.astype(np.int64))
+        return StepReport.of(skip_LR, prob_LR, closes_R, chunks_R.astype(np.int64))
 
 
 def _pack(found: FixedFound) -> Tensor:

@@ -172,9 +172,8 @@ class KernelSteps:
 
     def _enter(self, kernel: _Kernel, row_R: tuple[int, ...]) -> None:
         rows, count, writer = list(row_R), len(row_R), kernel.writer
-        kernel.page_BP[
-            count:
-        ].zero_()  # idle rows write into the first page, which vLLM gives nobody
+        # Idle rows write into the first page, which vLLM gives nobody.
+        kernel.page_BP[count:].zero_()
         lengths = writer.layers.length_LBG
         if lengths is not None:
             entry_LR = torch.from_numpy(self.model.entries[:, rows])

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fbs_rl.decode.step_writer import StepWriter
-from fbs_rl.serving.masked_walk import report_of
 from fbs_rl.serving.step_plan import StepReport
 
 
@@ -91,12 +90,12 @@ class TracedStep:
         skip_LR = skip_TLB[self.step, :, : self.count].view(np.bool_)
         prob_LR = prob_TLB[self.step, :, : self.count]
         if not chunks:
-            return report_of(skip_LR, prob_LR, None, None)
+            return StepReport.of(skip_LR, prob_LR, None, None)
         closed_TB, closed_B = chunks
         before_R = closed_TB[self.step, : self.count]
         last = self.step + 1 == len(closed_TB)
         after_R = (closed_B if last else closed_TB[self.step + 1])[: self.count]
-        return report_of(skip_LR, prob_LR, after_R > before_R, before_R.astype(np.int64))
+        return StepReport.of(skip_LR, prob_LR, after_R > before_R, before_R.astype(np.int64))
 
 
 def _sent(tensor: Tensor) -> Tensor:

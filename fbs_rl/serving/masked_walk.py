@@ -75,14 +75,7 @@ class FixedFound:
         closes, chunks = (
             None if x is None else x.cpu().numpy() for x in (self.closes_R, self.chunks_R)
         )
-        return report_of(self.skip_LR.cpu().numpy(), self.prob_LR.cpu().numpy(), closes, chunks)
-
-
-def report_of(
-    skip_LR: np.ndarray, prob_LR: np.ndarray, closes_R: np.ndarray | None, chunks_R: np.ndarray | None
-) -> StepReport:  # fmt: skip
-    passed_over = int(skip_LR.all(1).sum())
-    return StepReport(skip_LR, prob_LR, closes_R, chunks_R, len(skip_LR) - passed_over, passed_over)
+        return StepReport.of(self.skip_LR.cpu().numpy(), self.prob_LR.cpu().numpy(), closes, chunks)
 
 
 @dataclass(slots=True)

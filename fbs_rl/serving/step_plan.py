@@ -57,6 +57,15 @@ class StepReport:
     entered: int
     passed_over: int
 
+    @classmethod
+    def of(
+        cls, skip_LR: np.ndarray, prob_LR: np.ndarray, closes_R: np.ndarray | None, chunks_R: np.ndarray | None
+    ) -> StepReport:  # fmt: skip
+        """Of a step in which all rows went through the same layers."""
+        passed_over = int(skip_LR.all(1).sum())
+        entered = len(skip_LR) - passed_over
+        return cls(skip_LR, prob_LR, closes_R, chunks_R, entered, passed_over)
+
     @property
     def ready(self) -> bool:
         return True
